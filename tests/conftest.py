@@ -1,0 +1,37 @@
+"""Gives the pack an import name, as ComfyUI does, and the fixtures that every folder shares."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+PACK = Path(__file__).parent.parent
+GOLDEN = PACK / "tests" / "golden"
+
+# `nodes` and `tests` are ComfyUI's own top-level names: the pack's folder never stays on the path.
+sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != PACK]
+spec = importlib.util.spec_from_file_location(
+    "sd3_pack", PACK / "__init__.py", submodule_search_locations=[str(PACK)]
+)
+assert spec is not None
+assert spec.loader is not None
+sys.modules["sd3_pack"] = pack = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(pack)
+
+
+@pytest.fixture
+def golden():
+    """golden(name) -> (tensors, json) of one recording in tests/golden."""
+    from safetensors.torch import load_file
+
+    def load(name: str):
+        description = GOLDEN / f"{name}.json"
+        tensors = GOLDEN / f"{name}.safetensors"
+        return (
+            load_file(tensors) if tensors.exists() else {},
+            json.loads(description.read_text(encoding="utf-8")) if description.exists() else {},
+        )
+
+    return load
