@@ -199,7 +199,7 @@ class SelfAttention(nn.Module):
         super().__init__()
         hidden = config.hidden_size
         self.qkv = ops.Linear(hidden, 3 * hidden)
-        self.proj = ops.Linear(hidden, hidden) if project else None
+        self.proj: Any = ops.Linear(hidden, hidden) if project else None
         self.ln_q = ops.RMSNorm(HEAD_DIM, eps=1e-6) if config.qk_norm else nn.Identity()
         self.ln_k = ops.RMSNorm(HEAD_DIM, eps=1e-6) if config.qk_norm else nn.Identity()
 

@@ -165,7 +165,8 @@ class T5Encoder(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         x = self.shared(ids)
         # The first block's table of relative positions serves every block.
-        bias = self.encoder.block[0].layer[0].SelfAttention.position_bias(ids.shape[1], like=x)
+        first: Any = self.encoder.block[0]
+        bias = first.layer[0].SelfAttention.position_bias(ids.shape[1], like=x)
         for block in self.encoder.block:
             x = block(x, bias)
         return self.encoder.final_layer_norm(x)
