@@ -1,1 +1,1 @@
-"""Files <-> networks: what a file holds, strictly read, and files written in the released layout."""
+"""Files <-> networks: what a file holds, strictly read; files in the released layout."""

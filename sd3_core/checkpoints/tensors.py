@@ -18,8 +18,8 @@ def map_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str,
     """
     infos = _chosen(header, names)
     _check_unchanged(header)
-    storage = torch.UntypedStorage.from_file(str(header.path), shared=False, nbytes=header.size)
-    return {name: _view(storage, info) for name, info in infos.items()}
+    data = torch.from_file(str(header.path), shared=False, size=header.size, dtype=torch.uint8)
+    return {name: _view(data, info) for name, info in infos.items()}
 
 
 def read_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -66,12 +66,11 @@ def _changed(path: Path) -> CheckpointError:
     return CheckpointError(f"{path.name}: has changed while it was being read. Load it again.")
 
 
-def _view(storage: torch.UntypedStorage, info: TensorInfo) -> Tensor:
-    offset, remainder = divmod(info.start, info.dtype.itemsize)
-    if remainder:  # torch cannot point between two elements: such a tensor is copied
-        data = torch.empty(0, dtype=torch.uint8).set_(storage)[info.start : info.end]
-        return data.clone().view(info.dtype).reshape(info.shape)
-    return torch.empty(0, dtype=info.dtype).set_(storage, offset, info.shape)
+def _view(data: Tensor, info: TensorInfo) -> Tensor:
+    stored = data[info.start : info.end]
+    if info.start % info.dtype.itemsize:  # torch cannot point between two elements
+        stored = stored.clone()
+    return stored.view(info.dtype).reshape(info.shape)
 
 
 def _from_bytes(data: bytes, info: TensorInfo) -> Tensor:
