@@ -12,14 +12,13 @@ from pathlib import Path
 import torch
 from recipe import recipe_state_dict
 from safetensors.torch import save_file
-from tiny_tokenizers import clip_vocabulary, t5_vocabulary
-from torch import Tensor
-
 from sd3_pack.sd3_core.checkpoints.diffusers import to_diffusers
 from sd3_pack.sd3_core.models.clip import CLIPConfig, CLIPTextModel
 from sd3_pack.sd3_core.models.mmdit import MMDiT, MMDiTConfig
 from sd3_pack.sd3_core.models.t5 import T5Config, T5Encoder
 from sd3_pack.sd3_core.models.vae import VAE, VAEConfig
+from tiny_tokenizers import clip_vocabulary, t5_vocabulary
+from torch import Tensor
 
 PARTS = ("mmdit", "vae", "clip_l", "clip_g", "t5")
 SINGLE_FILE_PREFIXES = {

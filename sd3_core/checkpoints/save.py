@@ -1,0 +1,140 @@
+"""safetensors files written whole or not at all; models in the layout of the released files."""
+
+import json
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from itertools import count
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import CheckpointError
+from ..models.cast import Scaled
+from .header import DTYPE_NAMES
+from .layouts import COMPONENTS, PREFIXES, Component
+from .load import read_state_dict
+
+ALIGNMENT = 64  # bytes; where the tensors begin, so that mapped weights suit wide vector loads
+FP8_FORMATS = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
+
+
+def save_tensors(
+    path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> Path:
+    """Write a safetensors file; returns where it lies.
+
+    A reader sees the old file or the whole new one, also after a crash.  Where the old one cannot
+    be replaced (Windows, while a program has it open) the new one gets a name beside it, and a
+    warning says so.  Raises CheckpointError when nothing can be written.
+    """
+    path = Path(path)
+    try:
+        with _temporary(path) as temporary:
+            with temporary.open("xb") as file:
+                _write(file, tensors, {"format": "pt", **(metadata or {})})
+                file.flush()
+                os.fsync(file.fileno())
+            return _move(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}.") from error
+
+
+def export_checkpoint(
+    path: str | Path,
+    parts: Mapping[str, Component | nn.Module],
+    metadata: Mapping[str, str] | None = None,
+    extra: Mapping[str, Tensor] | None = None,
+) -> Path:
+    """Write networks as one file in the released layout; returns where it lies.
+
+    parts: by kind ("mmdit", "vae", ...), a loaded network or a component of any layout, in the
+    precision it has; scaled fp8 in ComfyUI's `comfy_quant` spelling.  extra: further tensors under
+    their full names, such as tokenizers.  Raises CheckpointError.
+    """
+    tensors: dict[str, Tensor] = dict(extra or {})
+    for kind, part in parts.items():
+        if kind not in COMPONENTS:
+            raise ValueError(f"unknown network {kind!r}; choose from {', '.join(COMPONENTS)}")
+        state = read_state_dict(part) if isinstance(part, Component) else _state_of(part)
+        for name, tensor in (state | _quantisation(state)).items():
+            tensors[PREFIXES[kind] + name] = tensor
+    return save_tensors(path, tensors, metadata)
+
+
+def _state_of(network: nn.Module) -> dict[str, Tensor]:
+    """Its parameters, and beside a scaled weight its scale."""
+    state: dict[str, Tensor] = dict(network.state_dict())
+    for name, module in network.named_modules():
+        if isinstance(module, Scaled) and module.scale is not None:
+            state[f"{name}.weight_scale"] = module.scale
+    return state
+
+
+def _quantisation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """For each scaled fp8 weight the note by which ComfyUI knows it."""
+    notes: dict[str, Tensor] = {}
+    for name in state:
+        module, _, end = name.rpartition(".")
+        if end == "weight_scale":
+            note = json.dumps({"format": FP8_FORMATS[state[f"{module}.weight"].dtype]})
+            notes[f"{module}.comfy_quant"] = torch.tensor(list(note.encode()), dtype=torch.uint8)
+    return notes
+
+
+@contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A name beside `path` that is gone afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary.unlink(missing_ok=True)
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    position = 0
+    for name in names:
+        tensor = tensors[name]
+        end = position + tensor.numel() * tensor.element_size()
+        entries[name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [position, end],
+        }
+        position = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
+    file.write(len(text).to_bytes(8, "little") + text)
+    for name in names:  # one at a time: a mapped 16 GB model passes through little memory
+        stored = tensors[name].detach().cpu().contiguous().reshape(-1)
+        file.write(stored.view(torch.uint8).numpy().data)
+
+
+def _move(temporary: Path, path: Path) -> Path:
+    try:
+        os.replace(temporary, path)
+    except OSError:
+        if not path.is_file():
+            raise
+        sibling = _free_name(path)
+        os.replace(temporary, sibling)
+        warnings.warn(
+            f"{path.name} is in use by a program and could not be replaced; the new file is "
+            f"{sibling}.",
+            stacklevel=4,
+        )
+        return sibling
+    return path
+
+
+def _free_name(path: Path) -> Path:
+    names = (path.with_stem(f"{path.stem}-{number}") for number in count(1))
+    return next(name for name in names if not name.exists())
