@@ -31,7 +31,7 @@ LAYERS = (
     ),
     ("sd3_core.text", "sd3_core.checkpoints"),
     ("sd3_core.speed",),
-    ("sd3_core.generate",),
+    ("sd3_core.settings", "sd3_core.generate", "sd3_core.verify"),
     ("sd3_core.training", "sd3_core.bench"),
     ("sd3_core.embedded",),
     ("sd3_core", "sd3_core.__main__"),  # the table of contents and the command line

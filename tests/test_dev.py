@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 PACK = Path(__file__).parent.parent
 
@@ -117,6 +118,15 @@ def test_one_failed_stage_fails_the_whole_and_is_named(dev, pip_calls, monkeypat
     assert dev.main(["test"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("dev.py test: FAILED (types) after ")
+
+
+def test_the_demo_makes_a_picture_and_says_where(dev, pip_calls, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(dev, "PICTURE", tmp_path / "demo.png")
+    monkeypatch.setattr(dev, "DEMO_MODEL", tmp_path / "model.safetensors")
+    assert dev.main(["demo", "a", "red", "circle"]) == 0
+    with Image.open(tmp_path / "demo.png") as picture:
+        assert picture.getextrema()[0] != (0, 0)
+    assert str(tmp_path / "demo.png") in capsys.readouterr().out
 
 
 def test_ci_gets_no_colours(dev, monkeypatch):

@@ -1,11 +1,13 @@
 """What is true of the repository as a whole: its documents, its requirements, what it may hold."""
 
 import re
+import shlex
 import subprocess
 from itertools import chain
 from pathlib import Path
 
 import pytest
+from sd3_pack.sd3_core.__main__ import parser
 
 PACK = Path(__file__).parent.parent
 MIB = 1024 * 1024
@@ -84,6 +86,14 @@ def test_the_readme_holds_two_commands_for_a_fresh_machine():
     lines = chain.from_iterable(block.splitlines() for block in code_blocks(text_of("README.md")))
     commands = [line.split()[:3] for line in lines if line.startswith("python dev.py")]
     assert commands == [["python", "dev.py", "demo"], ["python", "dev.py", "test"]]
+
+
+def test_the_readmes_examples_are_commands_that_exist():
+    lines = chain.from_iterable(block.splitlines() for block in code_blocks(text_of("README.md")))
+    examples = [line.partition(" -m sd3_core ")[2] for line in lines if " -m sd3_core " in line]
+    assert examples
+    for example in examples:
+        parser().parse_args(shlex.split(example))  # exits when an option is not known
 
 
 def test_the_landing_check_runs_the_readmes_test_command():
