@@ -124,7 +124,7 @@ class TextEncoders:
         on = self._on(use)
         for name in on:
             self._network(name)
-        least = _least_length(t5_length, self.window)
+        least = least_length(t5_length, self.window)
         prompts = {
             "clip_l": prompt,
             "clip_g": prompt if prompt_clip_g is None else prompt_clip_g,
@@ -295,7 +295,7 @@ def _common_window(networks: Mapping[str, Any]) -> int:
     return next(iter(windows.values()))
 
 
-def _least_length(t5_length: int | str, window: int) -> int:
+def least_length(t5_length: int | str, window: int) -> int:
     if t5_length == "auto":
         return window
     if isinstance(t5_length, bool) or not isinstance(t5_length, int) or t5_length < 1:

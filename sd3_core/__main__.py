@@ -1,0 +1,225 @@
+"""python -m sd3_core generate | verify | inspect"""
+
+import argparse
+import re
+import secrets
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from .errors import NumericalError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command.  Exit status: 0, 1 (verify: not equal), 2 (refused) or 130 (stopped)."""
+    options = parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (ValueError, NumericalError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped; nothing was written.", file=sys.stderr)
+        return 130
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        print(
+            "error: the device's memory is full. Draw smaller or fewer pictures (--width, "
+            "--height, --batch), or compute on the CPU (--device cpu).",
+            file=sys.stderr,
+        )
+        return 2
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m sd3_core", description="Stable Diffusion 3")
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+    add_generate(commands.add_parser("generate", help="draw a prompt"))
+    add_verify(commands.add_parser("verify", help="draw a picture again from its own settings"))
+    add_inspect(commands.add_parser("inspect", help="say what a model file is"))
+    return top
+
+
+def add_files(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("files", "a file named for one network wins")
+    for flag, meaning in (
+        ("--checkpoint", "single file, or diffusers folder, with all or some of the networks"),
+        ("--mmdit", "the denoiser"),
+        ("--vae", "the VAE"),
+        ("--clip-l", "text encoder CLIP-L"),
+        ("--clip-g", "text encoder CLIP-G"),
+        ("--t5", "text encoder T5"),
+        ("--tokenizers", "folder of tokenizers, if neither the checkpoint nor ComfyUI has them"),
+    ):
+        group.add_argument(flag, type=Path, metavar="PATH", help=meaning)
+
+
+def add_generate(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_generate)
+    command.add_argument("prompt", help="what to draw; (word:1.3) weighs a word")
+    command.add_argument("-o", "--output", type=Path, metavar="OUT.png")
+    add_files(command)
+    add = command.add_argument_group("picture").add_argument
+    add("--negative", default="", metavar="TEXT", help="what not to draw")
+    add("--prompt-clip-g", metavar="TEXT", help="another prompt for CLIP-G")
+    add("--prompt-t5", metavar="TEXT", help="another prompt for T5")
+    add("--width", type=int, help="pixels; default: the model's own size")
+    add("--height", type=int)
+    add("--batch", type=int, default=1, help="pictures at once")
+    add("--seed", type=int, help="default: drawn by chance, and stored in the picture")
+    add("--init", type=Path, metavar="PICTURE", help="start from this picture (see --denoise)")
+    add("--mask", type=Path, metavar="PICTURE", help="white is drawn anew, black is kept")
+    add("--denoise", type=float, default=1.0, help="how much of --init is redrawn, 0 to 1")
+    add = command.add_argument_group("sampling", "defaults: the model's preset").add_argument
+    add("--steps", type=int)
+    add("--cfg", type=float, help="guidance scale; 1 turns guidance off")
+    add("--cfg-start", type=float, default=0.0, help="guide from this part of the run, 0 to 1")
+    add("--cfg-end", type=float, default=1.0)
+    add("--shift", help="a number, or auto: the model's own, scaled to the picture's size")
+    add("--scheduler", help="normal, simple, sgm_uniform, beta")
+    add("--sampler", help="euler, heun, dpmpp_2m")
+    add("--skip-scale", type=float, default=0.0, help="skip-layer guidance (SD3.5 Medium: 2.5)")
+    add("--skip-layers", type=block_list, metavar="7,8,9")
+    add("--skip-start", type=float)
+    add("--skip-end", type=float)
+    add = command.add_argument_group("words").add_argument
+    add("--no-clip-l", action="store_true", help="this encoder gives zeros")
+    add("--no-clip-g", action="store_true")
+    add("--no-t5", action="store_true")
+    add("--t5-length", default="auto", help="least T5 tokens: auto, 154, 256, 512")
+    add = command.add_argument_group("machine").add_argument
+    add("--dtype", default="auto", help="auto, bf16, fp16, fp32")
+    add("--device", default="auto", help="auto, cuda, mps, cpu")
+
+
+def add_verify(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_verify)
+    command.add_argument("picture", type=Path)
+    add_files(command)
+
+
+def add_inspect(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_inspect)
+    command.add_argument("file", type=Path)
+    command.add_argument("--json", action="store_true")
+
+
+def run_generate(options: argparse.Namespace) -> int:
+    from .generate import generate
+    from .pictures import save_png
+    from .settings import Settings
+
+    encoders = [name for name in ("clip_l", "clip_g", "t5") if not getattr(options, f"no_{name}")]
+    settings = Settings(
+        prompt=options.prompt,
+        negative=options.negative,
+        prompt_clip_g=options.prompt_clip_g,
+        prompt_t5=options.prompt_t5,
+        use=tuple(encoders),
+        t5_length=int(options.t5_length) if options.t5_length.isdecimal() else options.t5_length,
+        width=options.width,
+        height=options.height,
+        batch=options.batch,
+        seed=secrets.randbelow(2**32) if options.seed is None else options.seed,
+        steps=options.steps,
+        cfg=options.cfg,
+        cfg_start=options.cfg_start,
+        cfg_end=options.cfg_end,
+        shift=options.shift,
+        scheduler=options.scheduler,
+        sampler=options.sampler,
+        skip_scale=options.skip_scale,
+        skip_layers=options.skip_layers,
+        skip_start=options.skip_start,
+        skip_end=options.skip_end,
+        init=options.init,
+        mask=options.mask,
+        denoise=options.denoise,
+        dtype=options.dtype,
+        device=options.device,
+    )
+    outputs = output_files(options.output, options.batch)
+    result = generate(chosen_files(options), settings, progress())
+    for index, (pixels, path) in enumerate(zip(result.pixels, outputs, strict=True)):
+        save_png(pixels, path, result.record | {"index": index})
+    for note in result.notes:
+        print(f"note: {note}")
+    print("tokens: " + ", ".join(f"{name} {count}" for name, count in result.tokens.items()))
+    print(f"seed: {settings.seed}")
+    for path in outputs:
+        print(path)
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    from .verify import verify
+
+    comparison = verify(options.picture, chosen_files(options), progress())
+    print(comparison.sentence())
+    return 0 if comparison.equal else 1
+
+
+def run_inspect(options: argparse.Namespace) -> int:
+    from .checkpoints.inspect import inspect
+
+    report = inspect(options.file)
+    print(report.to_json() if options.json else "\n".join(report.lines()))
+    return 0
+
+
+def chosen_files(options: argparse.Namespace):
+    from .settings import Files
+
+    return Files(
+        checkpoint=options.checkpoint,
+        mmdit=options.mmdit,
+        vae=options.vae,
+        clip_l=options.clip_l,
+        clip_g=options.clip_g,
+        t5=options.t5,
+        tokenizers=options.tokenizers,
+    )
+
+
+def output_files(asked: Path | None, batch: int) -> list[Path]:
+    """Where the pictures will lie.  Raises ValueError now when nothing could be written there."""
+    if asked is None:
+        taken = (re.fullmatch(r"sd3_(\d+)(-\d+)?\.png", path.name) for path in Path().iterdir())
+        number = 1 + max((int(name[1]) for name in taken if name), default=0)
+        asked = Path(f"sd3_{number:04}.png")
+    if asked.suffix.lower() != ".png":
+        raise ValueError(f"{asked}: pictures are written as PNG; name it {asked.stem}.png.")
+    if not asked.parent.is_dir():
+        raise ValueError(f"{asked.parent}: there is no such folder to write {asked.name} into.")
+    if batch <= 1:
+        return [asked]
+    return [asked.with_stem(f"{asked.stem}-{index}") for index in range(1, batch + 1)]
+
+
+def block_list(text: str) -> tuple[int, ...]:
+    """ "7,8,9" -> (7, 8, 9)."""
+    return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
+
+
+def progress():
+    """A progress bar as on_step."""
+    from tqdm import tqdm
+
+    from .samplers import Step
+
+    bar: tqdm | None = None
+
+    def on_step(step: Step) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = tqdm(total=step.total, unit="step")
+        bar.update()
+        if step.index + 1 == step.total:
+            bar.close()
+
+    return on_step
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,209 @@
+"""Prompt -> picture, from the files on disk to the pixels.  Read this first.
+
+`generate(files, settings)` is the whole of text-to-image, image-to-image and inpainting; each line
+of it is a module of this package.  What a stage takes from disk leaves memory before the next one
+begins: text encoders, then MMDiT, then VAE.
+"""
+
+import hashlib
+import platform
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoints.header import fingerprint, read_header
+from .checkpoints.load import load_clip, load_mmdit, load_t5, load_vae
+from .checkpoints.tensors import read_bytes
+from .guidance import classifier_free, inpaint, latent_mask
+from .models.clip import CLIPTextModel
+from .models.t5 import T5Encoder
+from .models.vae import to_model_space, to_vae_space
+from .noise import noise
+from .pictures import read_image, read_mask, to_uint8
+from .precision import check_finite
+from .samplers import SAMPLERS, OnStep, Step
+from .schedule import add_noise
+from .settings import Files, Plan, Settings, make_plan
+from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
+from .text.vocabularies import find_tokenizers
+
+
+@dataclass(frozen=True)
+class Result:
+    pixels: Tensor  # uint8 [B, H, W, 3]
+    record: dict[str, Any]  # settings, files and surroundings, as stored in the PNG
+    tokens: dict[str, int]  # how much of the prompt each encoder saw
+    notes: tuple[str, ...]  # what a user may not expect, in sentences
+
+
+def generate(files: Files, settings: Settings, on_step: OnStep | None = None) -> Result:
+    """Draw a batch of pictures.
+
+    on_step is called after each sampling step; what it raises stops the run.
+    Raises CheckpointError for files and ValueError for settings, both before any weight is read,
+    and NumericalError when a stage overflows.
+    """
+    plan = make_plan(files, settings)
+    record = make_record(files, plan)
+    with torch.inference_mode():
+        positive, negative = encode_prompts(files, plan)
+        start = start_latents(plan)
+        x0 = sample(plan, positive, negative, start, on_step)
+        images = decode(plan, x0)
+    notes = dict.fromkeys(positive.notes + negative.notes)
+    return Result(to_uint8(images), record, positive.tokens, tuple(notes))
+
+
+def encode_prompts(files: Files, plan: Plan) -> tuple[EncodedPrompt, EncodedPrompt]:
+    """The prompt and the negative prompt; the encoders are gone when this returns."""
+    wanted = plan.settings
+    encoders = text_encoders(files, plan)
+    positive = encoders.encode(
+        wanted.prompt,
+        prompt_clip_g=wanted.prompt_clip_g,
+        prompt_t5=wanted.prompt_t5,
+        use=wanted.use,
+        t5_length=wanted.t5_length,
+    )
+    negative = encoders.encode(wanted.negative, use=wanted.use, t5_length=wanted.t5_length)
+    return positive, negative
+
+
+def text_encoders(files: Files, plan: Plan) -> TextEncoders:
+    """The encoders there are, each read from disk when it is first needed."""
+    parts = plan.parts
+    folder = files.checkpoint if files.checkpoint and files.checkpoint.is_dir() else None
+    tokenizers = find_tokenizers(
+        [name for name in ENCODERS if name in parts and name in plan.settings.use],
+        directory=files.tokenizers,
+        checkpoint=stored_files(files.checkpoint),
+        diffusers=folder,
+    )
+
+    def clip(kind: str) -> Callable[[], CLIPTextModel] | None:
+        if kind not in parts:
+            return None
+        return lambda: load_clip(parts[kind], kind, dtype=plan.dtype, device=plan.device)
+
+    def t5() -> T5Encoder:
+        return load_t5(parts["t5"], dtype=plan.wide_dtype, device=plan.device)
+
+    return TextEncoders(
+        tokenizers,
+        context_dim=plan.mmdit.context_dim,
+        pooled_dim=plan.mmdit.pooled_dim,
+        clip_l=clip("clip_l"),
+        clip_g=clip("clip_g"),
+        t5=t5 if "t5" in parts else None,
+        window=plan.clip_window,
+    )
+
+
+def stored_files(checkpoint: Path | None) -> dict[str, Callable[[], bytes]] | None:
+    """The files that a checkpoint carries as bytes (tokenizers): name -> reader."""
+    if checkpoint is None or checkpoint.suffix != ".safetensors":
+        return None
+    header = read_header(checkpoint)
+    return {
+        name: lambda name=name: read_bytes(header, name)
+        for name, info in header.tensors.items()
+        if info.dtype == torch.uint8
+    }
+
+
+def start_latents(plan: Plan) -> Tensor:
+    """The picture to start from, [B, C, H/8, W/8] in model space; zeros for text-to-image."""
+    if plan.settings.init is None:
+        return torch.zeros(plan.latent_shape, device=plan.device)
+    image = read_image(plan.settings.init, plan.width, plan.height)
+    vae = load_vae(plan.parts["vae"], dtype=plan.wide_dtype, device=plan.device)
+    mean = vae.encode(image.to(plan.device, plan.wide_dtype)).mean.float()
+    check_finite(mean, "the VAE's encoder", plan.wide_dtype)
+    return to_model_space(mean).expand(plan.latent_shape)
+
+
+def sample(
+    plan: Plan,
+    positive: EncodedPrompt,
+    negative: EncodedPrompt,
+    start: Tensor,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """From noise to the clean latents, in model space; the MMDiT is gone when this returns."""
+    model = load_mmdit(plan.parts["mmdit"], dtype=plan.dtype, device=plan.device)
+    wanted, schedule = plan.settings, plan.schedule
+    velocity = classifier_free(
+        model,
+        positive.conditioning.to(plan.device, plan.dtype),
+        negative.conditioning.to(plan.device, plan.dtype),
+        plan.cfg,
+        window=schedule.window(wanted.cfg_start, wanted.cfg_end),
+        skip=plan.skip,
+    )
+    start_noise = noise(plan.latent_shape, wanted.seed).to(plan.device)
+    if wanted.mask is not None:
+        mask = latent_mask(read_mask(wanted.mask, plan.width, plan.height), start)
+        velocity = inpaint(velocity, start, start_noise, mask)
+    x = add_noise(start, start_noise, plan.sigmas[:1])
+    x0 = SAMPLERS[plan.sampler](velocity, x, plan.sigmas, watched(on_step, plan.dtype))
+    return check_finite(x0, "the MMDiT", plan.dtype)
+
+
+def watched(on_step: OnStep | None, dtype: torch.dtype) -> OnStep:
+    """on_step after a look at the first step: an overflow shows there, not only after the last."""
+
+    def watch(step: Step) -> None:
+        if step.index == 0:
+            check_finite(step.x0, "the MMDiT's first step", dtype)
+        if on_step is not None:
+            on_step(step)
+
+    return watch
+
+
+def decode(plan: Plan, x0: Tensor) -> Tensor:
+    """Latents in model space -> images [B, 3, H, W] in -1..1, one after the other to save memory.
+
+    What a mask keeps are the picture's own pixels, not what the VAE makes of them.
+    """
+    vae = load_vae(plan.parts["vae"], dtype=plan.wide_dtype, device=plan.device)
+    latents = to_vae_space(x0).to(plan.wide_dtype)
+    images = torch.cat([vae.decode(latent[None]).float() for latent in latents])
+    check_finite(images, "the VAE's decoder", plan.wide_dtype)
+    if plan.settings.init is None or plan.settings.mask is None:
+        return images
+    original = read_image(plan.settings.init, plan.width, plan.height).to(plan.device)
+    mask = read_mask(plan.settings.mask, plan.width, plan.height).to(plan.device)[:, None]
+    return images * mask + original * (1 - mask)
+
+
+def make_record(files: Files, plan: Plan) -> dict[str, Any]:
+    """All it takes to draw the same pictures again, as JSON; see verify.py."""
+    fingerprints = {kind: fingerprint(part.file) for kind, part in plan.parts.items()}
+    for name in ("init", "mask"):
+        path = getattr(plan.settings, name)
+        if path is not None:
+            fingerprints[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return {
+        "format": 1,
+        "settings": _as_json(asdict(plan.settings)),
+        "files": _as_json({name: path for name, path in asdict(files).items() if path}),
+        "fingerprints": fingerprints,
+        "surroundings": {
+            "torch": str(torch.__version__),
+            "device": plan.device.type,
+            "dtype": str(plan.dtype).removeprefix("torch."),
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+        },
+    }
+
+
+def _as_json(values: dict[str, Any]) -> dict[str, Any]:
+    return {
+        key: value.as_posix() if isinstance(value, Path) else value for key, value in values.items()
+    }

@@ -1,0 +1,61 @@
+"""Which device, and which number format, so that no card draws a black picture.
+
+float16 ends at 65504.  Activations of SD3.5's blocks, of T5's feed-forward and of the VAE pass
+that limit and turn into infinities, then NaN, then black.  bfloat16 has float32's range at half the
+size, so it is the choice wherever the hardware computes in it; elsewhere float32 is.
+"""
+
+import torch
+from torch import Tensor
+
+from .errors import NumericalError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def pick_device(wanted: str = "auto") -> torch.device:
+    """The named device, or the fastest there is.  Raises ValueError when it is not there."""
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(wanted)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch's own words differ per back end
+        raise ValueError(f"device {wanted!r} cannot be used here ({error}). Try 'cpu'.") from error
+    return device
+
+
+def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
+    """The dtype of the MMDiT and the CLIPs.  wanted: auto, bf16, fp16 or fp32."""
+    if wanted == "auto":
+        return torch.bfloat16 if _computes_bf16(device) else torch.float32
+    if wanted not in DTYPES:
+        raise ValueError(f"dtype is {wanted!r}; choose auto, {', '.join(DTYPES)}.")
+    return DTYPES[wanted]
+
+
+def wide_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype of T5 and the VAE beside an MMDiT in `dtype`: never float16."""
+    if dtype != torch.float16:
+        return dtype
+    return torch.bfloat16 if _computes_bf16(device) else torch.float32
+
+
+def _computes_bf16(device: torch.device) -> bool:
+    # Before Ampere (8.0) CUDA accepts bfloat16 and emulates it, far slower than float32.
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def check_finite(tensor: Tensor, stage: str, dtype: torch.dtype) -> Tensor:
+    """The tensor itself.  Raises NumericalError naming the stage when it holds NaN or infinity."""
+    if not tensor.isfinite().all():
+        name = str(dtype).removeprefix("torch.")
+        advice = (
+            "The weights themselves may be damaged; compare the file's size with its source."
+            if dtype == torch.float32
+            else "Compute in bf16 or fp32 (--dtype)."
+        )
+        raise NumericalError(f"{stage} gave NaN or infinity in {name}. {advice}")
+    return tensor

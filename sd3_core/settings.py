@@ -1,0 +1,290 @@
+"""What the user asks for, and all that can be said against it before the long work starts."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoints.layouts import SUPPLIERS, TITLES, Component, find_components
+from .checkpoints.load import component_of, read_config
+from .errors import CheckpointError
+from .guidance import SkipLayers, check_layers
+from .models.mmdit import MMDiTConfig
+from .models.vae import VAEConfig
+from .pictures import open_picture
+from .precision import pick_device, pick_dtype, wide_dtype
+from .presets import Preset, preset_for
+from .samplers import SAMPLERS
+from .schedule import Schedule, auto_shift
+from .text.encoders import ENCODERS, least_length
+
+FLAGS = {
+    "mmdit": "--mmdit",
+    "vae": "--vae",
+    "clip_l": "--clip-l",
+    "clip_g": "--clip-g",
+    "t5": "--t5",
+}
+RELEASED_WINDOW = 77  # of CLIP, where no CLIP is there to tell
+
+
+@dataclass(frozen=True)
+class Files:
+    """Where the networks are; a file named for one network wins over the checkpoint."""
+
+    checkpoint: Path | None = None
+    mmdit: Path | None = None
+    vae: Path | None = None
+    clip_l: Path | None = None
+    clip_g: Path | None = None
+    t5: Path | None = None
+    tokenizers: Path | None = None  # folder; None: in the checkpoint, or ComfyUI's
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to draw.  None: the preset of the model's family decides."""
+
+    prompt: str
+    negative: str = ""
+    prompt_clip_g: str | None = None  # None: as `prompt`
+    prompt_t5: str | None = None
+    use: tuple[str, ...] = ENCODERS  # text encoders that take part; the others give zeros
+    t5_length: int | str = "auto"  # least number of T5 tokens; auto: CLIP's window
+    width: int | None = None  # pixels
+    height: int | None = None
+    batch: int = 1
+    seed: int = 0
+    steps: int | None = None
+    cfg: float | None = None
+    cfg_start: float = 0.0  # percent of the run in which cfg holds, 0..1
+    cfg_end: float = 1.0
+    shift: float | str | None = None  # "auto": the model's own, scaled to the picture's size
+    scheduler: str | None = None
+    sampler: str | None = None
+    skip_scale: float = 0.0  # skip-layer guidance; 0: off
+    skip_layers: tuple[int, ...] | None = None
+    skip_start: float | None = None
+    skip_end: float | None = None
+    init: Path | None = None  # picture to start from
+    mask: Path | None = None  # white: drawn anew, black: kept
+    denoise: float = 1.0  # part of the path that is walked, 0..1
+    dtype: str = "auto"
+    device: str = "auto"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run with nothing left to decide."""
+
+    parts: dict[str, Component]
+    settings: Settings  # no None in what the presets decide
+    mmdit: MMDiTConfig
+    clip_window: int  # tokens per pass of the CLIPs
+    width: int  # pixels
+    height: int
+    latent_shape: tuple[int, int, int, int]  # [B, C, H/8, W/8]
+    schedule: Schedule
+    sigmas: torch.Tensor  # [steps + 1]
+    sampler: str
+    cfg: float
+    skip: SkipLayers | None
+    device: torch.device
+    dtype: torch.dtype  # of the MMDiT and the CLIPs
+    wide_dtype: torch.dtype  # of T5 and the VAE
+
+
+def make_plan(files: Files, settings: Settings) -> Plan:
+    """Read the headers, decide what is open, refuse what cannot work; touch no weight.
+
+    Raises CheckpointError for the files and ValueError for the settings.
+    """
+    parts = find_parts(files)
+    sizes: dict[str, Any] = {kind: read_config(part) for kind, part in parts.items()}
+    check_fit(parts, sizes)
+    mmdit: MMDiTConfig = sizes["mmdit"]
+    vae: VAEConfig = sizes["vae"]
+    preset = model_preset(parts["mmdit"], mmdit)
+    most = mmdit.pos_embed_max_size * mmdit.patch_size * vae.factor
+    side = min(math.isqrt(preset.native_pixels), most)
+    width = check_side("width", settings.width or side, vae.factor, most)
+    height = check_side("height", settings.height or side, vae.factor, most)
+    settings = settled(replace(settings, width=width, height=height), preset)
+    check(settings, parts, mmdit)
+    schedule = Schedule(_number(settings.shift))
+    skip = SkipLayers(
+        settings.skip_layers or (),
+        settings.skip_scale,
+        schedule.window(settings.skip_start or 0.0, _number(settings.skip_end)),
+    )
+    device = pick_device(settings.device)
+    dtype = pick_dtype(settings.dtype, device)
+    return Plan(
+        parts=parts,
+        settings=settings,
+        mmdit=mmdit,
+        clip_window=next(
+            (sizes[kind].window for kind in ("clip_l", "clip_g") if kind in sizes), RELEASED_WINDOW
+        ),
+        width=width,
+        height=height,
+        latent_shape=(settings.batch, mmdit.in_channels, height // vae.factor, width // vae.factor),
+        schedule=schedule,
+        sigmas=schedule.sigmas(settings.steps or 0, settings.scheduler or "", settings.denoise),
+        sampler=settings.sampler or "",
+        cfg=_number(settings.cfg),
+        skip=skip if settings.skip_scale else None,
+        device=device,
+        dtype=dtype,
+        wide_dtype=wide_dtype(dtype, device),
+    )
+
+
+def find_parts(files: Files) -> dict[str, Component]:
+    """The networks in these files, told from their headers alone.
+
+    Raises CheckpointError when the MMDiT or the VAE is missing, naming what would supply it.
+    """
+    parts: dict[str, Component] = {}
+    if files.checkpoint is not None:
+        parts.update(find_components(files.checkpoint))
+    for kind in FLAGS:
+        path = getattr(files, kind)
+        if path is not None:
+            parts[kind] = component_of(path, kind)
+    missing = [kind for kind in ("mmdit", "vae") if kind not in parts]
+    if missing:
+        given = ", ".join(str(path) for path in vars(files).values() if path) or "no file"
+        needs = "; ".join(f"add {FLAGS[kind]} FILE (usually {SUPPLIERS[kind]})" for kind in missing)
+        raise CheckpointError(
+            f"{given}: holds {', '.join(parts) or 'nothing'}, but no {' and no '.join(missing)}: "
+            f"{needs}."
+        )
+    return parts
+
+
+def check_fit(parts: Mapping[str, Component], sizes: Mapping[str, Any]) -> None:
+    """Networks of different models do not work together; their sizes tell.
+
+    Raises CheckpointError.
+    """
+    mmdit: MMDiTConfig = sizes["mmdit"]
+
+    def refuse(kind: str, gives: str, takes: str) -> None:
+        raise CheckpointError(
+            f"{parts[kind].file.name}: {TITLES[kind]} gives {gives}, but the MMDiT in "
+            f"{parts['mmdit'].file.name} takes {takes}. They belong to different models: take both "
+            "from the same one."
+        )
+
+    if sizes["vae"].latent_channels != mmdit.in_channels:
+        refuse("vae", f"{sizes['vae'].latent_channels} latent channels", f"{mmdit.in_channels}")
+    towers = [kind for kind in ("clip_l", "clip_g") if kind in parts]
+    width = sum(sizes[kind].hidden_size for kind in towers)
+    pooled = sum(sizes[kind].pooled_dim for kind in towers)
+    if width > mmdit.context_dim:
+        refuse(towers[-1], f"tokens {width} wide", f"{mmdit.context_dim}")
+    # One tower alone leaves room in the pooled vector for the other.
+    if pooled != mmdit.pooled_dim and (len(towers) == 2 or pooled > mmdit.pooled_dim):
+        refuse(towers[-1], f"{pooled} pooled channels in all", f"{mmdit.pooled_dim}")
+    if "t5" in parts and sizes["t5"].d_model != mmdit.context_dim:
+        refuse("t5", f"tokens {sizes['t5'].d_model} wide", f"{mmdit.context_dim}")
+
+
+def model_preset(mmdit: Component, config: MMDiTConfig) -> Preset:
+    """The family's preset, with the two numbers that a small model carries in its metadata."""
+    preset = preset_for(config, [mmdit.file.name, *mmdit.metadata.values()])
+    own: dict[str, Any] = {}
+    try:
+        if text := mmdit.metadata.get("sd3_workbench.shift"):
+            own["shift"] = float(text)
+        if text := mmdit.metadata.get("sd3_workbench.native_pixels"):
+            own["native_pixels"] = int(text)
+    except ValueError as error:
+        raise CheckpointError(f"{mmdit.file.name}: its metadata is damaged: {error}.") from error
+    return replace(preset, **own)
+
+
+def settled(settings: Settings, preset: Preset) -> Settings:
+    """The settings with the preset's numbers where the user gave none; width and height are set."""
+    pixels = (settings.width or 0) * (settings.height or 0)
+    skip = preset.skip_layers
+    return replace(
+        settings,
+        steps=_first(settings.steps, preset.steps),
+        cfg=_first(settings.cfg, preset.cfg),
+        shift=settled_shift(settings.shift, preset, pixels),
+        scheduler=_first(settings.scheduler, preset.scheduler),
+        sampler=_first(settings.sampler, preset.sampler),
+        skip_layers=_first(settings.skip_layers, skip and skip.layers, ()),
+        skip_start=_first(settings.skip_start, skip and skip.start, 0.0),
+        skip_end=_first(settings.skip_end, skip and skip.end, 1.0),
+    )
+
+
+def settled_shift(shift: float | str | None, preset: Preset, pixels: int) -> float:
+    if shift is None:
+        return preset.shift
+    if shift == "auto":
+        return auto_shift(preset.shift, preset.native_pixels, pixels)
+    return _number(shift)
+
+
+def check_side(name: str, pixels: int, factor: int, most: int) -> int:
+    """A width or height the networks can draw, itself."""
+    if pixels < factor or pixels % factor:
+        near = min(max(factor, round(pixels / factor) * factor), most)
+        raise ValueError(f"{name} is {pixels}; it must be a multiple of {factor}. Try {near}.")
+    if pixels > most:
+        raise ValueError(f"{name} is {pixels}; this model draws at most {most} pixels a side.")
+    return pixels
+
+
+def check(settings: Settings, parts: Mapping[str, Component], mmdit: MMDiTConfig) -> None:
+    """Raises ValueError or CheckpointError for what make_plan does not find by itself."""
+    if settings.batch < 1:
+        raise ValueError(f"batch is {settings.batch}; it must be at least 1.")
+    if settings.sampler not in SAMPLERS:
+        raise ValueError(f"sampler is {settings.sampler!r}; choose one of {', '.join(SAMPLERS)}.")
+    if settings.mask is not None and settings.init is None:
+        raise ValueError("a mask needs a picture to keep: give --init too.")
+    if settings.denoise < 1 and settings.init is None:
+        raise ValueError(
+            f"denoise is {settings.denoise} without a picture to start from: give --init, "
+            "or leave denoise at 1."
+        )
+    if settings.skip_scale:
+        check_layers(settings.skip_layers or (), mmdit.depth)
+        if not settings.skip_layers:
+            raise ValueError("skip-layer guidance needs its blocks, e.g. --skip-layers 7,8,9.")
+    if not 0 <= settings.seed < 2**64:
+        raise ValueError(f"seed is {settings.seed}; it must lie between 0 and {2**64 - 1}.")
+    Schedule().window(settings.cfg_start, settings.cfg_end)
+    least_length(settings.t5_length, RELEASED_WINDOW)
+    for path in (settings.init, settings.mask):
+        if path is not None:
+            open_picture(path)
+    if settings.use and not any(name in parts for name in settings.use):
+        needs = "; ".join(f"{FLAGS[name]} FILE ({SUPPLIERS[name]})" for name in settings.use)
+        raise CheckpointError(
+            f"{parts['mmdit'].file.name}: none of the text encoders is in it, so no word would "
+            f"count: add {needs}. One of them is enough; to draw without words, turn all three "
+            "off (--no-clip-l --no-clip-g --no-t5)."
+        )
+
+
+def _first(*choices: Any) -> Any:
+    return next(choice for choice in choices if choice is not None)
+
+
+def _number(value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not a number; give one such as 3.0 (shift: or auto).")
+    return number

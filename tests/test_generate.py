@@ -1,0 +1,250 @@
+"""Prompt to picture with a tiny model of generated weights: laws and refusals."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sd3_pack.sd3_core import generate as generation
+from sd3_pack.sd3_core.errors import CheckpointError, NumericalError
+from sd3_pack.sd3_core.generate import generate
+from sd3_pack.sd3_core.settings import Files, Settings, make_plan
+from tiny import write_tiny_checkpoint
+from tiny_tokenizers import write_tiny_tokenizers
+
+METADATA = {"sd3_workbench.shift": "2.0", "sd3_workbench.native_pixels": str(64 * 64)}
+QUICK = Settings("a red circle", seed=7, steps=2, cfg=3.0, sampler="euler", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny_tokenizers(folder / "tokenizers")
+    write_tiny_checkpoint(
+        folder / "tiny.safetensors", tokenizers=folder / "tokenizers", metadata=METADATA
+    )
+    write_tiny_checkpoint(folder / "split", layout="split", metadata=METADATA)
+    write_tiny_checkpoint(folder / "other.safetensors", ("mmdit", "vae", "clip_l"), seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(folder):
+    return Files(checkpoint=folder / "tiny.safetensors")
+
+
+@pytest.fixture(scope="module")
+def plain(files):
+    return generate(files, QUICK)
+
+
+def same_picture(one: torch.Tensor, other: torch.Tensor) -> None:
+    """Matrix products round differently with the alignment of the weights in their file."""
+    assert (one.int() - other.int()).abs().max() <= 1
+
+
+@pytest.fixture
+def photo(tmp_path):
+    levels = torch.arange(64 * 64 * 3, dtype=torch.float32).reshape(64, 64, 3) % 255
+    path = tmp_path / "photo.png"
+    Image.fromarray(levels.to(torch.uint8).numpy()).save(path)
+    return path
+
+
+@pytest.fixture
+def left_half(tmp_path):
+    """A mask: the left half is drawn anew."""
+    pixels = np.zeros((64, 64), dtype=np.uint8)
+    pixels[:, :32] = 255
+    Image.fromarray(pixels).save(tmp_path / "mask.png")
+    return tmp_path / "mask.png"
+
+
+def test_the_same_settings_give_the_same_pixels(files, plain):
+    assert torch.equal(generate(files, QUICK).pixels, plain.pixels)
+    assert plain.pixels.shape == (1, 64, 64, 3)
+    assert plain.pixels.dtype == torch.uint8
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"seed": 8},
+        {"prompt": "a blue square"},
+        {"negative": "a dog"},
+        {"prompt_clip_g": "a dog"},
+        {"prompt_t5": "a dog"},
+        {"steps": 3},
+        {"cfg": 4.0},
+        {"shift": 1.0},
+        {"scheduler": "simple"},
+        {"sampler": "heun"},
+        {"sampler": "dpmpp_2m", "steps": 3},
+        {"use": ("clip_l", "t5")},
+        {"t5_length": 20},
+        {"skip_scale": 2.0, "skip_layers": (1,)},
+        {"cfg_end": 0.3},
+        {"prompt": "a (red:1.5) circle"},
+    ],
+)
+def test_every_setting_acts(files, plain, change):
+    assert not torch.equal(generate(files, replace(QUICK, **change)).pixels, plain.pixels)
+
+
+def test_split_files_draw_what_the_single_file_draws(folder, plain):
+    split = Files(
+        checkpoint=folder / "split" / "sd3_tiny.safetensors",
+        clip_l=folder / "split" / "clip_l.safetensors",
+        clip_g=folder / "split" / "clip_g.safetensors",
+        t5=folder / "split" / "t5xxl.safetensors",
+        tokenizers=folder / "tokenizers",
+    )
+    same_picture(generate(split, QUICK).pixels, plain.pixels)
+
+
+def test_a_named_file_wins_over_the_checkpoint(folder, files, plain):
+    other = replace(files, mmdit=folder / "other.safetensors")
+    result = generate(other, QUICK)
+    assert not torch.equal(result.pixels, plain.pixels)
+    assert result.record["fingerprints"]["mmdit"] != plain.record["fingerprints"]["mmdit"]
+    assert result.record["fingerprints"]["vae"] == plain.record["fingerprints"]["vae"]
+
+
+def test_a_missing_encoder_gives_zeros_and_says_so(folder, files):
+    without = Files(
+        checkpoint=folder / "split" / "sd3_tiny.safetensors",
+        clip_l=folder / "split" / "clip_l.safetensors",
+        clip_g=folder / "split" / "clip_g.safetensors",
+        tokenizers=folder / "tokenizers",
+    )
+    result = generate(without, QUICK)
+    assert any("T5" in note and "zeros" in note for note in result.notes)
+    off = generate(files, replace(QUICK, use=("clip_l", "clip_g")))
+    assert any("T5 is off" in note for note in off.notes)
+    same_picture(result.pixels, off.pixels)
+
+
+def test_the_first_picture_of_a_batch_has_the_shape_of_the_others(files):
+    result = generate(files, replace(QUICK, batch=2, width=48, height=72))
+    assert result.pixels.shape == (2, 72, 48, 3)
+    assert not torch.equal(result.pixels[0], result.pixels[1])
+
+
+def test_the_models_own_numbers_rule_where_the_user_gave_none(files):
+    plan = make_plan(files, Settings("x", device="cpu"))
+    assert (plan.width, plan.height, plan.schedule.shift) == (64, 64, 2.0)
+
+
+def test_auto_shift_grows_with_the_side(files):
+    plan = make_plan(files, Settings("x", shift="auto", width=128, height=128, device="cpu"))
+    assert plan.schedule.shift == pytest.approx(4.0)
+
+
+def test_on_step_sees_every_step_and_can_stop_the_run(files):
+    seen = []
+    generate(files, replace(QUICK, steps=3), lambda step: seen.append((step.index, step.total)))
+    assert seen == [(0, 3), (1, 3), (2, 3)]
+
+    def stop(step):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        generate(files, QUICK, stop)
+
+
+def test_image_to_image_comes_closer_to_its_picture_as_denoise_falls(files, photo):
+    def draw(denoise):
+        return generate(files, replace(QUICK, init=photo, denoise=denoise)).pixels.float()
+
+    kept = draw(0.0)  # only the way through the VAE and back
+    changes = [float((draw(denoise) - kept).abs().mean()) for denoise in (0.3, 1.0)]
+    assert 0 < changes[0] < changes[1]
+
+
+def test_a_mask_keeps_the_pictures_own_pixels(files, photo, left_half):
+    settings = replace(QUICK, init=photo, mask=left_half)
+    pixels = generate(files, settings).pixels[0]
+    original = torch.from_numpy(np.asarray(Image.open(photo)).copy())
+    kept = (pixels[:, 40:].int() - original[:, 40:].int()).abs().max()
+    assert kept <= 1  # a truncated float may fall one below
+    assert not torch.equal(pixels[:, :24], original[:, :24])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"width": 60}, "width is 60; it must be a multiple of 8. Try 64"),
+        ({"height": 4096}, "height is 4096; this model draws at most 384 pixels"),
+        ({"width": -8}, "width is -8"),
+        ({"batch": 0}, "batch is 0"),
+        ({"steps": 0}, "steps is 0"),
+        ({"shift": "high"}, "'high' is not a number"),
+        ({"shift": 0.0}, "shift is 0.0"),
+        ({"cfg": float("nan")}, "nan is not a number"),
+        ({"sampler": "ddim"}, "sampler is 'ddim'; choose one of euler, heun, dpmpp_2m"),
+        ({"scheduler": "karras"}, "scheduler is 'karras'"),
+        ({"denoise": 0.5}, "give --init"),
+        ({"skip_scale": 2.0, "skip_layers": (9,)}, "blocks 0 to 1"),
+        ({"skip_scale": 2.0}, "needs its blocks"),
+        ({"seed": -1}, "seed is -1"),
+        ({"cfg_start": 0.9, "cfg_end": 0.1}, "0.9"),
+        ({"dtype": "int8"}, "dtype is 'int8'"),
+        ({"device": "abacus"}, "device 'abacus'"),
+        ({"t5_length": 0}, "t5_length"),
+        ({"init": "nowhere.png"}, "nowhere.png"),
+    ],
+)
+def test_bad_settings_are_refused_before_a_weight_is_read(files, monkeypatch, change, message):
+    def read(*_, **__):
+        raise AssertionError("the long work began")
+
+    for name in ("load_mmdit", "load_vae", "load_clip", "load_t5"):
+        monkeypatch.setattr(generation, name, read)
+    with pytest.raises(ValueError, match=message):
+        generate(files, replace(QUICK, **change))
+
+
+def test_a_mask_without_a_picture_is_refused(files, left_half):
+    with pytest.raises(ValueError, match="give --init"):
+        generate(files, replace(QUICK, mask=left_half))
+
+
+def test_missing_networks_are_named_with_what_supplies_them(folder):
+    with pytest.raises(CheckpointError, match=r"no mmdit and no vae.*--mmdit FILE.*--vae FILE"):
+        make_plan(Files(clip_l=folder / "split" / "clip_l.safetensors"), QUICK)
+
+
+def test_no_text_encoder_at_all_is_refused(folder):
+    checkpoint = Files(checkpoint=folder / "split" / "sd3_tiny.safetensors")
+    with pytest.raises(CheckpointError, match=r"none of the text encoders.*--clip-l FILE"):
+        make_plan(checkpoint, QUICK)
+    assert make_plan(checkpoint, replace(QUICK, use=())).parts
+
+
+def test_networks_of_different_models_are_told_apart(folder, files, tmp_path):
+    from build import with_recipe_weights
+    from safetensors.torch import save_file
+    from sd3_pack.sd3_core.models.t5 import T5Config, T5Encoder
+
+    stranger = T5Config(
+        d_model=96, d_ff=32, d_kv=16, num_heads=2, num_layers=1, vocab_size=200, num_buckets=32
+    )
+    path = tmp_path / "t5xxl.safetensors"
+    save_file(dict(with_recipe_weights(T5Encoder, stranger, 0).state_dict()), path)
+    with pytest.raises(CheckpointError, match=r"tokens 96 wide.*takes 224.*different models"):
+        make_plan(replace(files, t5=path), QUICK)
+
+
+def test_an_overflow_names_its_stage(files, monkeypatch):
+    def broken(*arguments, **options):
+        model = load(*arguments, **options)
+        model.final_layer.linear.bias = torch.nn.Parameter(
+            torch.full_like(model.final_layer.linear.bias, float("nan")), requires_grad=False
+        )
+        return model
+
+    load = generation.load_mmdit
+    monkeypatch.setattr(generation, "load_mmdit", broken)
+    with pytest.raises(NumericalError, match="the MMDiT's first step gave NaN"):
+        generate(files, QUICK)

@@ -1,0 +1,132 @@
+"""The command line, run as a user runs it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from sd3_pack.sd3_core.__main__ import main, output_files
+from sd3_pack.sd3_core.pictures import read_settings, save_png
+from tiny import write_tiny_checkpoint
+from tiny_tokenizers import write_tiny_tokenizers
+
+PACK = Path(__file__).parent.parent
+QUICK = ["--steps", "2", "--width", "64", "--height", "48", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("model")
+    write_tiny_tokenizers(folder / "tokenizers")
+    path = folder / "tiny.safetensors"
+    write_tiny_checkpoint(path, tokenizers=folder / "tokenizers")
+    return path
+
+
+def draw(model: Path, output: Path, *options: str) -> int:
+    files = ["--checkpoint", str(model), "-o", str(output)]
+    return main(["generate", "a red circle", *files, *QUICK, *options])
+
+
+def test_one_command_turns_a_prompt_into_a_picture(model, tmp_path):
+    """In a process of its own, from the pack's folder."""
+    command = [sys.executable, "-m", "sd3_core", "generate", "a red circle", *QUICK]
+    files = ["--checkpoint", str(model), "-o", str(tmp_path / "out.png")]
+    done = subprocess.run([*command, *files], cwd=PACK, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert str(tmp_path / "out.png") in done.stdout
+    assert Image.open(tmp_path / "out.png").size == (64, 48)
+
+
+def test_a_picture_is_verified_bit_for_bit(model, tmp_path, capsys):
+    picture = tmp_path / "out.png"
+    assert draw(model, picture, "--seed", "5", "--batch", "2", "--negative", "grün ✓") == 0
+    assert main(["verify", str(tmp_path / "out-2.png")]) == 0
+    assert "bit-equal" in capsys.readouterr().out
+
+
+def test_a_changed_picture_is_measured(model, tmp_path, capsys):
+    picture = tmp_path / "out.png"
+    draw(model, picture)
+    record, pixels = read_settings(picture), np.asarray(Image.open(picture)).copy()
+    pixels[0, 0, 0] ^= 4
+    import torch
+
+    save_png(torch.from_numpy(pixels), picture, record)
+    assert main(["verify", str(picture)]) == 1
+    assert "up to 4 of 255" in capsys.readouterr().out
+
+
+def test_another_model_is_named_as_the_difference(model, tmp_path, capsys):
+    picture = tmp_path / "out.png"
+    draw(model, picture)
+    other = tmp_path / "other.safetensors"
+    write_tiny_checkpoint(other, tokenizers=model.parent / "tokenizers", seed=9)
+    assert main(["verify", str(picture), "--checkpoint", str(other)]) == 1
+    assert "the mmdit file's content" in capsys.readouterr().out
+
+
+def test_a_picture_moved_with_its_model_still_verifies(model, tmp_path, monkeypatch):
+    work, kept = tmp_path / "work", tmp_path / "kept"
+    work.mkdir()
+    kept.mkdir()
+    (work / "tiny.safetensors").write_bytes(model.read_bytes())
+    monkeypatch.chdir(work)
+    assert draw(Path("tiny.safetensors"), Path("out.png")) == 0
+    for name in ("out.png", "tiny.safetensors"):
+        (work / name).rename(kept / name)
+    assert main(["verify", str(kept / "out.png")]) == 0
+    (kept / "tiny.safetensors").unlink()
+    assert main(["verify", str(kept / "out.png")]) == 2
+
+
+def test_the_settings_in_the_picture_are_complete_json(model, tmp_path):
+    picture = tmp_path / "out.png"
+    draw(model, picture, "--seed", "11")
+    record = json.loads(Image.open(picture).info["sd3_workbench"])
+    assert record["format"] == 1
+    assert record["settings"]["seed"] == 11
+    assert record["settings"]["steps"] == 2
+    assert None not in [record["settings"][name] for name in ("cfg", "shift", "sampler", "width")]
+    assert set(record["fingerprints"]) == {"mmdit", "vae", "clip_l", "clip_g", "t5"}
+
+
+def test_a_foreign_picture_is_refused(tmp_path, capsys):
+    Image.new("RGB", (8, 8)).save(tmp_path / "foreign.png")
+    assert main(["verify", str(tmp_path / "foreign.png")]) == 2
+    assert "holds no settings of SD3 Workbench" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("missing/out.png", "no such folder"),
+        ("out.jpg", "name it out.png"),
+    ],
+)
+def test_an_impossible_output_is_refused_before_the_work(model, tmp_path, capsys, output, message):
+    assert draw(model, tmp_path / output) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_wrong_file_is_one_sentence_and_no_traceback(tmp_path, capsys):
+    (tmp_path / "model.safetensors").write_text("<html>not found</html>")
+    assert draw(tmp_path / "model.safetensors", tmp_path / "out.png") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: model.safetensors: is no safetensors file")
+    assert "Traceback" not in error
+
+
+def test_default_names_are_numbered_and_never_taken(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert output_files(None, 1) == [Path("sd3_0001.png")]
+    (tmp_path / "sd3_0007-2.png").touch()
+    assert output_files(None, 2) == [Path("sd3_0008-1.png"), Path("sd3_0008-2.png")]
+
+
+def test_inspect_says_what_the_file_is(model, capsys):
+    assert main(["inspect", str(model), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
