@@ -55,6 +55,7 @@ _SIGNS = (
     ("vae", "released", re.compile(r"(.*?)(?:en|de)coder\.(?:down|mid|up)\.(?:\d+\.)?(?:bl|at)")),
     ("vae", "diffusers", re.compile(r"(.*?)(?:en|de)coder\.(?:down|up)_blocks\.\d+\.resnets\.")),
     ("clip", "released", re.compile(r"(.*?)text_model\.encoder\.layers\.\d+\.")),
+    ("clip", "transformers 5", re.compile(r"(.*?)(?<!text_model\.)embeddings\.token_embedding\.")),
     ("t5", "released", re.compile(r"(.*?)encoder\.block\.\d+\.layer\.\d+\.")),
 )
 # What files carry beside the parameters and no computation of ours needs.
@@ -75,8 +76,9 @@ _IGNORED_IN = {
 class Component:
     """One network in a file or folder.
 
-    sources: by the released name without prefix.  style: "released" or "diffusers", whose names
-    the file uses.  unused: stored names that no computation needs.
+    sources: by the released name without prefix.  style: whose names the file uses ("released",
+    "diffusers"; "transformers 5" leaves `text_model.` out).  unused: stored names that no
+    computation needs.
     """
 
     kind: str
@@ -145,9 +147,15 @@ def _in_tensors(stored: Stored, hints: ClipHints) -> dict[str, Component]:
     found: dict[str, Component] = {}
     for root in roots:
         names = _names_under(root.prefix, stored.parts, [other.prefix for other in roots])
+        if root.style == "transformers 5":
+            names = {_with_text_model(name): part for name, part in names.items()}
         kind = _clip_kind(root.prefix, names, hints) if root.kind == "clip" else root.kind
         found.setdefault(kind, _component(kind, root, names, stored))
     return {kind: found[kind] for kind in COMPONENTS if kind in found}
+
+
+def _with_text_model(name: str) -> str:
+    return f"text_model.{name}" if name.startswith(("embeddings.", "encoder.", "final_")) else name
 
 
 def _names_under(prefix: str, parts: Mapping[str, Part], prefixes: list[str]) -> dict[str, Part]:
@@ -170,8 +178,8 @@ class _Root:
 def _roots(keys: Mapping[str, Part]) -> Iterator[_Root]:
     """Where a network begins: its kind and the prefix before its names.
 
-    Only CLIP is there twice; of the others the prefix with most names counts (an EMA copy is
-    complete too, so the first one wins a tie).
+    Only CLIP is there twice; of the others the prefix with most names counts, the first one of
+    equals (an EMA copy comes after the model).
     """
     counts: dict[str, Counter[_Root]] = {}
     for key in keys:
@@ -236,7 +244,7 @@ def _assignments(
     kind: str, style: str, kept: Mapping[str, Part]
 ) -> Iterator[tuple[str, tuple[str, ...], bool]]:
     """(our key, stored keys, halves swapped) for each; a name without a place keeps its own."""
-    if style == "released":
+    if style != "diffusers":
         yield from ((name, (name,), False) for name in kept)
         return
     left = dict.fromkeys(kept)

@@ -177,8 +177,12 @@ def _config(component: Component) -> Config:
     try:
         return _config_from_shapes(component.kind, component.shapes)
     except (ValueError, LookupError, ArithmeticError, TypeError) as error:
+        cause = error.__cause__ or error
+        fault = f"its sizes make no sense ({cause})"
+        if isinstance(cause, KeyError):
+            fault = f"it lacks {cause.args[0]}, which tells its size"
         raise CheckpointError(
-            f"{component.file.name}: looks like {TITLES[component.kind]}, but {error}. "
+            f"{component.file.name}: looks like {TITLES[component.kind]}, but {fault}. "
             f"Download the file again."
         ) from error
 

@@ -57,7 +57,8 @@ def _read_shards(index: Path) -> Stored:
                 f"into {index.parent}."
             )
         header = read_header(index.parent / name)
-        parts.update({key: Part(header, key) for key in header.tensors})
+        mine = [key for key in header.tensors if wanted.get(key, name) == name]
+        parts.update({key: Part(header, key) for key in mine})
     if lost := sorted(set(wanted) - set(parts)):
         raise CheckpointError(
             f"{index.name}: its shards lack {len(lost)} tensors ({name_list(lost)}). Download the "

@@ -18,7 +18,13 @@ def map_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str,
     """
     infos = _chosen(header, names)
     _check_unchanged(header)
-    data = torch.from_file(str(header.path), shared=False, size=header.size, dtype=torch.uint8)
+    try:
+        data = torch.from_file(str(header.path), shared=False, size=header.size, dtype=torch.uint8)
+    except RuntimeError as error:  # the system promises memory for the pages we might write to
+        raise CheckpointError(
+            f"{header.path.name}: its {header.size:,} bytes cannot be mapped ({error}). Close "
+            f"other programs or enlarge the swap space (Windows: the paging file)."
+        ) from error
     return {name: _view(data, info) for name, info in infos.items()}
 
 
