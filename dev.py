@@ -149,6 +149,7 @@ def install(arguments: Sequence[str]) -> None:
     print("installing what is missing into .venv (the first time: a few GB)", flush=True)
     quiet = [] if sys.stdout.isatty() and not in_ci() else ["--quiet", "--progress-bar", "off"]
     pip = [str(PYTHON), "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    pip += ["--no-compile"]  # most of these packages are never imported
     with subprocess.Popen(
         [*pip, *quiet, *arguments],
         cwd=ROOT,
