@@ -16,7 +16,14 @@ from sd3_pack.sd3_core.checkpoints.load import (
 from sd3_pack.sd3_core.errors import CheckpointError
 from sd3_pack.sd3_core.models import cast
 from sd3_pack.sd3_core.models.mmdit import MMDiT, MMDiTConfig
-from tiny import MMDIT_X, NETWORKS, shapes_of, tiny_state_dicts, write_tiny_checkpoint
+from tiny import (
+    MMDIT_X,
+    NETWORKS,
+    quantised,
+    shapes_of,
+    tiny_state_dicts,
+    write_tiny_checkpoint,
+)
 from torch import nn
 
 LOADERS = {
@@ -217,32 +224,6 @@ def test_released_sizes_have_the_released_counts(config, tensors, parameters):
 
 
 # Scaled fp8
-
-
-def quantised(state, spelling: str, dtype=torch.float8_e4m3fn):
-    """The state with scaled fp8 in its linear layers, and the weights that this stands for."""
-    stored, meant = {}, {}
-    for i, (key, tensor) in enumerate(state.items()):
-        if not key.endswith(".weight") or tensor.ndim != 2:
-            stored[key] = meant[key] = tensor
-            continue
-        module = key.removesuffix(".weight")
-        scale = tensor.abs().max() / (200 + i % 200)
-        if spelling == "rows":
-            scale = tensor.abs().amax(dim=1) / (200 + i % 200)
-        factor = scale if scale.ndim == 0 else scale[:, None]
-        stored[key] = (tensor / factor).to(dtype)
-        meant[key] = stored[key].float() * factor
-        if spelling == "scale_weight":
-            stored[f"{module}.scale_weight"] = scale
-            stored[f"{module}.scale_input"] = torch.tensor(1.0)
-        else:
-            note = f'{{"format": "{str(dtype).removeprefix("torch.")}"}}'.encode()
-            stored[f"{module}.weight_scale"] = scale
-            stored[f"{module}.comfy_quant"] = torch.tensor(list(note), dtype=torch.uint8)
-    if spelling == "scale_weight":
-        stored["scaled_fp8"] = torch.zeros(2).to(dtype)
-    return stored, meant
 
 
 @pytest.mark.parametrize("spelling", ["scale_weight", "comfy_quant", "rows"])

@@ -165,6 +165,37 @@ def with_prefixes(states: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tenso
     }
 
 
+def quantised(
+    state: Mapping[str, Tensor], spelling: str, dtype: torch.dtype = torch.float8_e4m3fn
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state with scaled fp8 in its linear layers, and the weights that this stands for.
+
+    spelling: "scale_weight" (older), "comfy_quant", or "rows" (the latter, a scale for each row).
+    """
+    stored, meant = {}, {}
+    for i, (key, tensor) in enumerate(state.items()):
+        if not key.endswith(".weight") or tensor.ndim != 2:
+            stored[key] = meant[key] = tensor
+            continue
+        module = key.removesuffix(".weight")
+        scale = tensor.abs().max() / (200 + i % 200)
+        if spelling == "rows":
+            scale = tensor.abs().amax(dim=1) / (200 + i % 200)
+        factor = scale if scale.ndim == 0 else scale[:, None]
+        stored[key] = (tensor / factor).to(dtype)
+        meant[key] = stored[key].float() * factor
+        if spelling == "scale_weight":
+            stored[f"{module}.scale_weight"] = scale
+            stored[f"{module}.scale_input"] = torch.tensor(1.0)
+        else:
+            note = f'{{"format": "{str(dtype).removeprefix("torch.")}"}}'.encode()
+            stored[f"{module}.weight_scale"] = scale
+            stored[f"{module}.comfy_quant"] = torch.tensor(list(note), dtype=torch.uint8)
+    if spelling == "scale_weight":
+        stored["scaled_fp8"] = torch.zeros(2).to(dtype)
+    return stored, meant
+
+
 def tokenizer_tensors(folder: Path) -> dict[str, Tensor]:
     """The files of write_tiny_tokenizers as the uint8 tensors of a checkpoint."""
     tensors = {}
