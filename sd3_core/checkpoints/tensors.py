@@ -1,6 +1,7 @@
 """Stored bytes as tensors: mapped from the file, or read into memory of their own."""
 
-from collections.abc import Iterable, Mapping
+import mmap
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from .header import Header, TensorInfo
+
+WINDOW = 2**30  # bytes mapped at once, unless one tensor is larger
 
 
 def map_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -18,14 +21,51 @@ def map_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str,
     """
     infos = _chosen(header, names)
     _check_unchanged(header)
+    mapped = {n: torch.empty(i.shape, dtype=i.dtype) for n, i in infos.items() if not i.elements}
     try:
-        data = torch.from_file(str(header.path), shared=False, size=header.size, dtype=torch.uint8)
-    except RuntimeError as error:  # the system promises memory for the pages we might write to
+        with header.path.open("rb") as file:
+            for window in _windows(infos.keys() - mapped.keys(), infos):
+                mapped |= _map_window(file.fileno(), {name: infos[name] for name in window})
+    except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{header.path.name}: its {header.size:,} bytes cannot be mapped ({error}). Close "
-            f"other programs or enlarge the swap space (Windows: the paging file)."
+            f"{header.path.name}: cannot be mapped into memory ({error}). Close other programs or "
+            f"enlarge the swap space (Windows: the paging file)."
         ) from error
-    return {name: _view(data, info) for name, info in infos.items()}
+    return {name: mapped[name] for name in infos}
+
+
+def _windows(names: Iterable[str], infos: Mapping[str, TensorInfo]) -> Iterator[list[str]]:
+    """Neighbours in the file that are mapped together.
+
+    A private mapping counts as memory that might be written, and systems refuse one that is larger
+    than all memory there is; so a 16 GB file is mapped in pieces, and only where it is wanted.
+    """
+    window: list[str] = []
+    for name in sorted(names, key=lambda name: infos[name].start):
+        if window and infos[name].end - infos[window[0]].start > WINDOW:
+            yield window
+            window = []
+        window.append(name)
+    if window:
+        yield window
+
+
+def _map_window(file: int, infos: Mapping[str, TensorInfo]) -> dict[str, Tensor]:
+    start = min(info.start for info in infos.values())
+    start -= start % mmap.ALLOCATIONGRANULARITY
+    end = max(info.end for info in infos.values())
+    view = mmap.mmap(file, end - start, access=mmap.ACCESS_COPY, offset=start)
+    data = torch.frombuffer(view, dtype=torch.uint8)
+    return {
+        name: _typed(data[info.start - start : info.end - start], info)
+        for name, info in infos.items()
+    }
+
+
+def _typed(stored: Tensor, info: TensorInfo) -> Tensor:
+    if info.start % info.dtype.itemsize:  # torch cannot point between two elements
+        stored = stored.clone()
+    return stored.view(info.dtype).reshape(info.shape)
 
 
 def read_tensors(header: Header, names: Iterable[str] | None = None) -> dict[str, Tensor]:
@@ -70,13 +110,6 @@ def _check_unchanged(header: Header) -> None:
 
 def _changed(path: Path) -> CheckpointError:
     return CheckpointError(f"{path.name}: has changed while it was being read. Load it again.")
-
-
-def _view(data: Tensor, info: TensorInfo) -> Tensor:
-    stored = data[info.start : info.end]
-    if info.start % info.dtype.itemsize:  # torch cannot point between two elements
-        stored = stored.clone()
-    return stored.view(info.dtype).reshape(info.shape)
 
 
 def _from_bytes(data: bytes, info: TensorInfo) -> Tensor:

@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sd3_pack.sd3_core.checkpoints import tensors
 from sd3_pack.sd3_core.checkpoints.header import DTYPES, fingerprint, read_header
 from sd3_pack.sd3_core.checkpoints.tensors import map_tensors, read_bytes, read_tensors
 from sd3_pack.sd3_core.errors import CheckpointError
@@ -76,6 +77,24 @@ def test_a_tensor_between_two_elements_is_read(tmp_path):
     data = b"\7" + values.numpy().tobytes()
     path = raw_file(tmp_path / "x.safetensors", json.dumps(entries).encode(), data)
     assert map_tensors(read_header(path))["x"].equal(values)
+
+
+def test_a_file_is_mapped_in_pieces_and_only_where_it_is_wanted(file, monkeypatch):
+    monkeypatch.setattr(tensors, "WINDOW", 8)
+    header = read_header(file)
+    mapped = map_tensors(header)
+    assert list(mapped) == list(header.tensors)
+    assert all(mapped[name].equal(value) for name, value in TENSORS.items() if name != "fp8")
+    assert map_tensors(header, ["a"])["a"].untyped_storage().nbytes() < file.stat().st_size
+
+
+def test_memory_that_the_system_refuses_is_one_sentence(file, monkeypatch):
+    def refuse(*_, **__):
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(tensors.mmap, "mmap", refuse)
+    with pytest.raises(CheckpointError, match=r"cannot be mapped into memory .*Cannot allocate"):
+        map_tensors(read_header(file))
 
 
 def test_writing_to_a_mapped_tensor_leaves_the_file_alone(file):
