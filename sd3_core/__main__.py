@@ -53,6 +53,14 @@ def add_files(command: argparse.ArgumentParser) -> None:
         ("--tokenizers", "folder of tokenizers, if neither the checkpoint nor ComfyUI has them"),
     ):
         group.add_argument(flag, type=Path, metavar="PATH", help=meaning)
+    group.add_argument(
+        "--lora",
+        type=lora_strength,
+        action="append",
+        default=[],
+        metavar="PATH[=0.8]",
+        help="merge a LoRA at this strength (1 if none is given); may be given several times",
+    )
 
 
 def add_generate(command: argparse.ArgumentParser) -> None:
@@ -179,6 +187,7 @@ def chosen_files(options: argparse.Namespace):
         clip_g=options.clip_g,
         t5=options.t5,
         tokenizers=options.tokenizers,
+        loras=tuple(options.lora),
     )
 
 
@@ -195,6 +204,12 @@ def output_files(asked: Path | None, batch: int) -> list[Path]:
     if batch <= 1:
         return [asked]
     return [asked.with_stem(f"{asked.stem}-{index}") for index in range(1, batch + 1)]
+
+
+def lora_strength(text: str) -> tuple[Path, float]:
+    """ "style.safetensors=0.8" -> (path, strength)."""
+    path, equals, strength = text.rpartition("=")
+    return (Path(path), float(strength)) if equals else (Path(text), 1.0)
 
 
 def block_list(text: str) -> tuple[int, ...]:

@@ -7,18 +7,20 @@ begins: text encoders, then MMDiT, then VAE.
 
 import hashlib
 import platform
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .checkpoints.header import fingerprint, read_header
 from .checkpoints.load import load_clip, load_mmdit, load_t5, load_vae
 from .checkpoints.tensors import read_bytes
 from .guidance import classifier_free, inpaint, latent_mask
+from .lora import merge
 from .models.clip import CLIPTextModel
 from .models.t5 import T5Encoder
 from .models.vae import to_model_space, to_vae_space
@@ -27,9 +29,11 @@ from .pictures import read_image, read_mask, to_uint8
 from .precision import check_finite
 from .samplers import SAMPLERS, OnStep, Step
 from .schedule import add_noise
-from .settings import Files, Plan, Settings, make_plan
+from .settings import Files, Plan, Settings, chosen_paths, make_plan
 from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
 from .text.vocabularies import find_tokenizers
+
+Network = TypeVar("Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -47,14 +51,16 @@ def generate(files: Files, settings: Settings, on_step: OnStep | None = None) ->
     Raises CheckpointError for files and ValueError for settings, both before any weight is read,
     and NumericalError when a stage overflows.
     """
-    plan = make_plan(files, settings)
-    record = make_record(files, plan)
-    with torch.inference_mode():
+    with torch.inference_mode(), warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always", UserWarning)
+        plan = make_plan(files, settings)
+        record = make_record(files, plan)
         positive, negative = encode_prompts(files, plan)
         start = start_latents(plan)
         x0 = sample(plan, positive, negative, start, on_step)
         images = decode(plan, x0)
-    notes = dict.fromkeys(positive.notes + negative.notes)
+    said = (str(warning.message) for warning in warned if warning.category is UserWarning)
+    notes = dict.fromkeys((*said, *positive.notes, *negative.notes))
     return Result(to_uint8(images), record, positive.tokens, tuple(notes))
 
 
@@ -87,10 +93,14 @@ def text_encoders(files: Files, plan: Plan) -> TextEncoders:
     def clip(kind: str) -> Callable[[], CLIPTextModel] | None:
         if kind not in parts:
             return None
-        return lambda: load_clip(parts[kind], kind, dtype=plan.dtype, device=plan.device)
+        return lambda: with_loras(
+            load_clip(parts[kind], kind, dtype=plan.dtype, device=plan.device), kind, plan
+        )
 
     def t5() -> T5Encoder:
-        return load_t5(parts["t5"], dtype=plan.wide_dtype, device=plan.device)
+        return with_loras(
+            load_t5(parts["t5"], dtype=plan.wide_dtype, device=plan.device), "t5", plan
+        )
 
     return TextEncoders(
         tokenizers,
@@ -101,6 +111,14 @@ def text_encoders(files: Files, plan: Plan) -> TextEncoders:
         t5=t5 if "t5" in parts else None,
         window=plan.clip_window,
     )
+
+
+def with_loras(network: Network, kind: str, plan: Plan) -> Network:
+    """The network itself, with the plan's LoRAs merged into its weights (never into the file)."""
+    for lora, strength in plan.loras:
+        if kind in lora.parts:
+            merge(network, lora.parts[kind], strength)
+    return network
 
 
 def stored_files(checkpoint: Path | None) -> dict[str, Callable[[], bytes]] | None:
@@ -135,6 +153,7 @@ def sample(
 ) -> Tensor:
     """From noise to the clean latents, in model space; the MMDiT is gone when this returns."""
     model = load_mmdit(plan.parts["mmdit"], dtype=plan.dtype, device=plan.device)
+    model = with_loras(model, "mmdit", plan)
     wanted, schedule = plan.settings, plan.schedule
     velocity = classifier_free(
         model,
@@ -184,6 +203,8 @@ def decode(plan: Plan, x0: Tensor) -> Tensor:
 def make_record(files: Files, plan: Plan) -> dict[str, Any]:
     """All it takes to draw the same pictures again, as JSON; see verify.py."""
     fingerprints = {kind: fingerprint(part.file) for kind, part in plan.parts.items()}
+    for index, (path, _) in enumerate(files.loras):
+        fingerprints[f"lora {index + 1}"] = fingerprint(path)
     for name in ("init", "mask"):
         path = getattr(plan.settings, name)
         if path is not None:
@@ -191,7 +212,8 @@ def make_record(files: Files, plan: Plan) -> dict[str, Any]:
     return {
         "format": 1,
         "settings": _as_json(asdict(plan.settings)),
-        "files": _as_json({name: path for name, path in asdict(files).items() if path}),
+        "files": _as_json(chosen_paths(files)),
+        "loras": [[path.as_posix(), strength] for path, strength in files.loras],
         "fingerprints": fingerprints,
         "surroundings": {
             "torch": str(torch.__version__),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 
 from .checkpoints.layouts import SUPPLIERS, TITLES, Component, find_components
 from .checkpoints.load import component_of, read_config
+from .checkpoints.lora_files import LoRAFile, read_lora
 from .errors import CheckpointError
 from .guidance import SkipLayers, check_layers
 from .models.mmdit import MMDiTConfig
@@ -42,6 +43,7 @@ class Files:
     clip_g: Path | None = None
     t5: Path | None = None
     tokenizers: Path | None = None  # folder; None: in the checkpoint, or ComfyUI's
+    loras: tuple[tuple[Path, float], ...] = ()  # with their strengths, merged in this order
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Plan:
     """A run with nothing left to decide."""
 
     parts: dict[str, Component]
+    loras: tuple[tuple[LoRAFile, float], ...]
     settings: Settings  # no None in what the presets decide
     mmdit: MMDiTConfig
     clip_window: int  # tokens per pass of the CLIPs
@@ -114,6 +117,9 @@ def make_plan(files: Files, settings: Settings) -> Plan:
     height = check_side("height", settings.height or side, vae.factor, most)
     settings = settled(replace(settings, width=width, height=height), preset)
     check(settings, parts, mmdit)
+    loras = tuple((read_lora(path, tuple(parts)), strength) for path, strength in files.loras)
+    for (path, _), (lora, _) in zip(files.loras, loras, strict=True):
+        check_lora(path, lora, parts)
     schedule = Schedule(_number(settings.shift))
     skip = SkipLayers(
         settings.skip_layers or (),
@@ -124,6 +130,7 @@ def make_plan(files: Files, settings: Settings) -> Plan:
     dtype = pick_dtype(settings.dtype, device)
     return Plan(
         parts=parts,
+        loras=loras,
         settings=settings,
         mmdit=mmdit,
         clip_window=next(
@@ -143,6 +150,15 @@ def make_plan(files: Files, settings: Settings) -> Plan:
     )
 
 
+def chosen_paths(files: Files) -> dict[str, Path]:
+    """The files and folders named one by one, without the LoRAs."""
+    return {
+        field.name: path
+        for field in fields(files)
+        if field.name != "loras" and (path := getattr(files, field.name)) is not None
+    }
+
+
 def find_parts(files: Files) -> dict[str, Component]:
     """The networks in these files, told from their headers alone.
 
@@ -157,7 +173,7 @@ def find_parts(files: Files) -> dict[str, Component]:
             parts[kind] = component_of(path, kind)
     missing = [kind for kind in ("mmdit", "vae") if kind not in parts]
     if missing:
-        given = ", ".join(str(path) for path in vars(files).values() if path) or "no file"
+        given = ", ".join(str(path) for path in chosen_paths(files).values()) or "no file"
         needs = "; ".join(f"add {FLAGS[kind]} FILE (usually {SUPPLIERS[kind]})" for kind in missing)
         raise CheckpointError(
             f"{given}: holds {', '.join(parts) or 'nothing'}, but no {' and no '.join(missing)}: "
@@ -194,6 +210,26 @@ def check_fit(parts: Mapping[str, Component], sizes: Mapping[str, Any]) -> None:
         refuse("t5", f"tokens {sizes['t5'].d_model} wide", f"{mmdit.context_dim}")
 
 
+def check_lora(path: Path, lora: LoRAFile, parts: Mapping[str, Component]) -> None:
+    """Raises CheckpointError when the LoRA is for another model."""
+    matched = 0
+    for kind, adapters in lora.parts.items():
+        shapes = parts[kind].shapes if kind in parts else {}
+        for adapter in (adapter for adapter in adapters if adapter.name in shapes):
+            matched += 1
+            if not adapter.fits(shapes[adapter.name]):
+                raise CheckpointError(
+                    f"{path.name}: is for another model: {adapter.name} has the shape "
+                    f"{list(shapes[adapter.name])} in {parts[kind].file.name}, the LoRA changes "
+                    f"{' x '.join(map(str, adapter.change.shape))}."
+                )
+    if not matched:
+        raise CheckpointError(
+            f"{path.name}: none of its adapters has a layer in these networks "
+            f"({', '.join(parts)}): it is for another model."
+        )
+
+
 def model_preset(mmdit: Component, config: MMDiTConfig) -> Preset:
     """The family's preset, with the two numbers that a small model carries in its metadata."""
     preset = preset_for(config, [mmdit.file.name, *mmdit.metadata.values()])
@@ -212,10 +248,11 @@ def settled(settings: Settings, preset: Preset) -> Settings:
     """The settings with the preset's numbers where the user gave none; width and height are set."""
     pixels = (settings.width or 0) * (settings.height or 0)
     skip = preset.skip_layers
+    skip_cfg = skip.cfg if skip and settings.skip_scale else None
     return replace(
         settings,
         steps=_first(settings.steps, preset.steps),
-        cfg=_first(settings.cfg, preset.cfg),
+        cfg=_first(settings.cfg, skip_cfg, preset.cfg),
         shift=settled_shift(settings.shift, preset, pixels),
         scheduler=_first(settings.scheduler, preset.scheduler),
         sampler=_first(settings.sampler, preset.sampler),

@@ -1,7 +1,7 @@
 """Draw a picture again from the settings inside it, and say how far the two lie apart."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 from .generate import generate
 from .pictures import open_picture, read_settings
 from .samplers import OnStep
-from .settings import Files, Settings
+from .settings import Files, Settings, chosen_paths
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,10 @@ def recorded_settings(record: Mapping[str, Any], picture: Path) -> Settings:
 
 
 def recorded_files(record: Mapping[str, Any], picture: Path, given: Files) -> Files:
-    chosen = {name: path for name, path in asdict(given).items() if path is not None}
+    chosen: dict[str, Any] = dict(chosen_paths(given))
+    chosen["loras"] = given.loras or tuple(
+        (find_file(stored, picture, "lora"), strength) for stored, strength in record["loras"]
+    )
     for name, stored in dict(record.get("files", {})).items():
         if name not in chosen and name in {field.name for field in fields(Files)}:
             chosen[name] = find_file(stored, picture, name)

@@ -248,3 +248,47 @@ def test_an_overflow_names_its_stage(files, monkeypatch):
     monkeypatch.setattr(generation, "load_mmdit", broken)
     with pytest.raises(NumericalError, match="the MMDiT's first step gave NaN"):
         generate(files, QUICK)
+
+
+def lora_for(path, width=128):
+    """A LoRA of rank 2 for the tiny MMDiT and CLIP-L, with weights that show."""
+    from sd3_pack.sd3_core.adapters.changes import Adapter, LowRank
+    from sd3_pack.sd3_core.checkpoints.lora_files import save_lora
+
+    generator = torch.Generator().manual_seed(2)
+
+    def adapter(module, rows, columns):
+        down = torch.randn(2, columns, generator=generator)
+        return Adapter(module, LowRank(down, torch.randn(rows, 2, generator=generator), 2.0))
+
+    save_lora(
+        path,
+        {
+            "mmdit": (adapter("joint_blocks.0.x_block.attn.qkv", 3 * width, width),),
+            "clip_l": (adapter("text_model.encoder.layers.0.mlp.fc1", 96, 64),),
+        },
+    )
+    return path
+
+
+def test_loras_act_by_their_strength_and_are_recorded(files, plain, tmp_path):
+    path = lora_for(tmp_path / "style.safetensors")
+    half = generate(replace(files, loras=((path, 0.5),)), QUICK)
+    whole = generate(replace(files, loras=((path, 1.0),)), QUICK)
+    none = generate(replace(files, loras=((path, 0.0),)), QUICK)
+    assert torch.equal(none.pixels, plain.pixels)
+    assert not torch.equal(half.pixels, plain.pixels)
+    assert not torch.equal(half.pixels, whole.pixels)
+    assert half.record["loras"] == [[path.as_posix(), 0.5]]
+    assert "lora 1" in half.record["fingerprints"]
+
+
+def test_a_lora_of_another_model_is_refused_before_the_work(files, tmp_path):
+    path = lora_for(tmp_path / "style.safetensors", width=192)
+    with pytest.raises(CheckpointError, match=r"style\.safetensors: is for another model"):
+        make_plan(replace(files, loras=((path, 1.0),)), QUICK)
+
+
+def test_a_checkpoint_given_as_lora_is_refused(files):
+    with pytest.raises(CheckpointError, match=r"tiny\.safetensors"):
+        make_plan(replace(files, loras=((files.checkpoint, 1.0),)), QUICK)
