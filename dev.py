@@ -179,12 +179,10 @@ def in_ci() -> bool:
 
 
 def environment() -> dict[str, str]:
-    """The variables for every command: no hub downloads, a sane thread count, quiet in CI."""
+    """The variables for every command: no hub downloads, ComfyUI's place, quiet in CI."""
     variables = dict(os.environ)
     variables["HF_HUB_OFFLINE"] = "1"
     variables.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # The tests' networks are tiny: more threads than this only wait for each other.
-    variables.setdefault("OMP_NUM_THREADS", str(min(4, os.cpu_count() or 1)))
     comfyui = find_comfyui()
     if comfyui:
         variables["COMFYUI_PATH"] = str(comfyui)
@@ -194,11 +192,16 @@ def environment() -> dict[str, str]:
     return variables
 
 
-def run(arguments: Sequence[str]) -> int:
-    """Run the environment's Python in the project's folder; returns the exit status."""
-    return subprocess.run(
-        [str(PYTHON), *arguments], cwd=ROOT, env=environment(), stdin=subprocess.DEVNULL
-    ).returncode
+def run(arguments: Sequence[str], threads: int | None = None) -> int:
+    """Run the environment's Python in the project's folder; returns the exit status.
+
+    threads: of PyTorch's arithmetic; None leaves the choice to PyTorch.
+    """
+    variables = environment()
+    if threads:
+        variables.setdefault("OMP_NUM_THREADS", str(threads))
+    command = [str(PYTHON), *arguments]
+    return subprocess.run(command, cwd=ROOT, env=variables, stdin=subprocess.DEVNULL).returncode
 
 
 # --- test -----------------------------------------------------------------------------------------
@@ -238,7 +241,8 @@ def test(everything: bool, pytest_arguments: Sequence[str]) -> int:
     _, line = timed("set-up", set_up_for_tests)
     lines, failed = [line], []
     for name, arguments in stages(everything, pytest_arguments).items():
-        status, line = timed(name, lambda arguments=arguments: run(arguments))
+        # The tests' networks are so small that threads would mostly wait for each other.
+        status, line = timed(name, lambda arguments=arguments: run(arguments, threads=1))
         lines.append(line)
         if status:
             failed.append(name)

@@ -60,7 +60,7 @@ UNSAFE_MODULES = (
     "joblib",
 )
 UNSAFE_CALLS = ("eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load")
-OPTIONAL = ("diffusers",)  # what bench compares with, where it is installed
+OPTIONAL = ("diffusers",)  # used where it is installed, and only when asked for
 DISTRIBUTIONS = {"PIL": "pillow"}  # imported name -> installed name, where they differ
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "misc")
 
@@ -234,6 +234,8 @@ def unrequired_packages(module: Module) -> list[str]:
 
 
 def open_keyword_arguments(module: Module) -> list[str]:
+    if not is_within(module.name, "sd3_core"):
+        return []  # in nodes/ some signatures are ComfyUI's, and open
     return [
         f"{module.name}:{node.lineno} takes **{node.args.kwarg.arg}"
         for node in ast.walk(module.tree)

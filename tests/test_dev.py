@@ -107,14 +107,14 @@ def test_a_pip_without_network_ends_in_one_sentence(dev, monkeypatch, capfd):
 )
 def test_test_runs_these_stages(dev, pip_calls, monkeypatch, arguments, stages, pytest_command):
     commands = []
-    monkeypatch.setattr(dev, "run", lambda command: commands.append(command) or 0)
+    monkeypatch.setattr(dev, "run", lambda command, threads: commands.append(command) or 0)
     assert dev.main(["test", *arguments]) == 0
     assert len(commands) == len(stages)
     assert commands[-1] == pytest_command
 
 
 def test_one_failed_stage_fails_the_whole_and_is_named(dev, pip_calls, monkeypatch, capsys):
-    monkeypatch.setattr(dev, "run", lambda command: int("basedpyright" in command))
+    monkeypatch.setattr(dev, "run", lambda command, threads: int("basedpyright" in command))
     assert dev.main(["test"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("dev.py test: FAILED (types) after ")
