@@ -174,7 +174,10 @@ def _layers(component: Component, dtype: torch.dtype | None, converted: torch.dt
 
 
 def _config(component: Component) -> Config:
+    empty = [key for key, source in component.sources.items() if not source.elements]
     try:
+        if empty:
+            raise ValueError(f"nothing is in {name_list(empty)}")
         return _config_from_shapes(component.kind, component.shapes)
     except (ValueError, LookupError, ArithmeticError, TypeError) as error:
         cause = error.__cause__ or error
@@ -189,7 +192,10 @@ def _config(component: Component) -> Config:
 
 def _config_from_shapes(kind: str, shapes: dict[str, tuple[int, ...]]) -> Config:
     if kind == "vae":
-        return VAEConfig.from_shapes(shapes)
+        vae = VAEConfig.from_shapes(shapes)
+        if not vae.channels:
+            raise KeyError("encoder.down.0.block.0.conv1.weight")
+        return vae
     if kind == "t5":
         return T5Config.from_shapes(shapes)
     if kind == "mmdit":
@@ -201,7 +207,7 @@ def _config_from_shapes(kind: str, shapes: dict[str, tuple[int, ...]]) -> Config
             )
         return mmdit
     clip = CLIPConfig.from_shapes(shapes, kind)
-    if clip.hidden_size % 64 or not clip.num_layers:
+    if clip.hidden_size % 64:
         raise ValueError(f"it is {clip.hidden_size} wide, no multiple of a head's 64")
     return clip
 

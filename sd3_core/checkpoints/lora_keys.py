@@ -308,6 +308,6 @@ def describe(shapes: Mapping[str, Sequence[int]]) -> LoRADescription | None:
 def _rank(roles: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> int | None:
     """The inner size of an adapter, from the factor whose first dimension it is."""
     for role in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
-        if role in roles and math.prod(shapes[roles[role]]):
+        if role in roles and shapes[roles[role]] and math.prod(shapes[roles[role]]):
             return shapes[roles[role]][0]
     return None

@@ -5,10 +5,12 @@ so that a width taken for granted shows.  Weights follow the golden recipe.
 """
 
 import json
+import os
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import pytest
 import torch
 from recipe import recipe_state_dict
 from safetensors.torch import save_file
@@ -194,6 +196,30 @@ def quantised(
     if spelling == "scale_weight":
         stored["scaled_fp8"] = torch.zeros(2).to(dtype)
     return stored, meant
+
+
+def write_hollow(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: str = "BF16",
+    itemsize: int = 2,
+    metadata: Mapping[str, str] | None = None,
+) -> Path:
+    """A file of the right size that takes no room on the disk: its weights are a hole."""
+    if os.name == "nt":
+        pytest.skip("Windows would reserve the whole size on the disk")
+    entries: dict[str, object] = {"__metadata__": dict(metadata or {})}
+    position = 0
+    for name, shape in shapes.items():
+        end = position + torch.Size(shape).numel() * itemsize
+        entries[name] = {"dtype": dtype, "shape": shape, "data_offsets": [position, end]}
+        position = end
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # as every writer does: tensors that lie oddly are copied
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + position)
+    return path
 
 
 def tokenizer_tensors(folder: Path) -> dict[str, Tensor]:
