@@ -1,0 +1,71 @@
+"""What reading a dataset found, for people (lines, the longest lists cut) and programs (JSON)."""
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+SHOWN = 5  # names that a line gives before it counts the rest
+LINES = 20  # of one kind, before they are counted; the JSON has all
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A picture that is not used, and why."""
+
+    name: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """Names are those of the pictures, relative to their folder."""
+
+    pictures: int
+    draws: int  # pictures times their repeats: an epoch, before batches are filled up
+    buckets: dict[tuple[int, int], int]  # (width, height) -> pictures
+    skipped: tuple[Skipped, ...] = ()
+    without_caption: tuple[str, ...] = ()  # they are trained with the empty prompt
+    small: tuple[str, ...] = ()  # enlarged to fill their bucket
+    cropped: tuple[str, ...] = ()  # more than a third of the picture lies outside its bucket
+    notes: tuple[str, ...] = ()  # of single pictures, such as a colour profile that is damaged
+    repeated_folders: dict[str, int] = field(default_factory=dict)  # kohya's 10_name
+    exact_duplicates: tuple[tuple[str, ...], ...] = ()  # the same bytes
+    near_duplicates: tuple[tuple[str, ...], ...] = ()  # look alike; reported, never removed
+
+    def lines(self) -> list[str]:
+        """The report as text."""
+        sizes = ", ".join(f"{width}x{height}: {n}" for (width, height), n in self.buckets.items())
+        lines = [f"{_count(self.pictures, 'picture')}, {self.draws} draws an epoch; {sizes}"]
+        for folder, repeats in self.repeated_folders.items():
+            lines.append(f"{folder}: {repeats} repeats, from the folder's name")
+        lines += _first([f"skipped {one.name}: {one.reason}" for one in self.skipped])
+        for names, what in (
+            (self.without_caption, "without a caption (trained with the empty prompt)"),
+            (self.small, "smaller than the bucket (enlarged)"),
+            (self.cropped, "losing more than a third to the crop"),
+        ):
+            if names:
+                lines.append(f"{_count(len(names), 'picture')} {what}: {_some(names)}")
+        lines += _first(list(self.notes))
+        lines += _first([f"the same file: {_some(group)}" for group in self.exact_duplicates])
+        return lines + _first([f"look alike: {_some(group)}" for group in self.near_duplicates])
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as plain values; a bucket is spelled "1024x768"."""
+        values = asdict(self)
+        values["buckets"] = {f"{w}x{h}": count for (w, h), count in self.buckets.items()}
+        return values
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}" if number == 1 else f"{number} {word}s"
+
+
+def _first(lines: list[str]) -> list[str]:
+    more = len(lines) - LINES
+    return lines if more <= 0 else [*lines[:LINES], f"... and {more} more such lines"]
+
+
+def _some(names: Sequence[str]) -> str:
+    more = len(names) - SHOWN
+    return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

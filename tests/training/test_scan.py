@@ -1,0 +1,114 @@
+"""Files are decoded once and remembered, as long as they stay what they were."""
+
+import os
+
+import pytest
+from sample_pictures import save_texture, with_hole
+from sd3_pack.sd3_core.training import scan
+from sd3_pack.sd3_core.training.scan import look_at, look_at_all
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """The names of the files that are really decoded."""
+    seen = []
+    original = scan.look_at
+
+    def counted(path):
+        seen.append(path.name)
+        return original(path)
+
+    monkeypatch.setattr(scan, "look_at", counted)
+    return seen
+
+
+def settle(path):
+    """As if the file had been written a minute ago."""
+    time = path.stat().st_mtime_ns - 60 * 10**9
+    os.utime(path, ns=(time, time))
+
+
+def test_facts_are_those_of_the_picture(tmp_path):
+    save_texture(tmp_path / "a.png", 30, 20)
+    facts = look_at(tmp_path / "a.png")
+    assert (facts.width, facts.height, facts.transparent, facts.fault) == (30, 20, False, None)
+    with_hole(8, 8).save(tmp_path / "b.png")
+    assert look_at(tmp_path / "b.png").transparent
+
+
+def test_what_is_wrong_is_told_and_never_raised(tmp_path):
+    (tmp_path / "a.png").write_bytes(b"broken")
+    assert look_at(tmp_path / "a.png").fault
+    assert "cannot be read" in (look_at(tmp_path / "gone.png").fault or "")
+    assert look_at(tmp_path).fault
+
+
+def test_a_file_is_decoded_again_only_when_it_changes(tmp_path, looks):
+    paths = [
+        save_texture(tmp_path / name, seed=seed) for seed, name in enumerate(["a.png", "b.png"])
+    ]
+    memory = tmp_path / "cache" / "scan.json"
+    for path in paths:
+        settle(path)
+    first = look_at_all(paths, memory)
+    assert look_at_all(paths, memory) == first
+    assert looks == ["a.png", "b.png"]
+    save_texture(paths[0], seed=7)
+    settle(paths[0])
+    assert look_at_all(paths, memory)[0].digest != first[0].digest
+    assert looks == ["a.png", "b.png", "a.png"]
+
+
+def test_setting_the_time_back_does_not_hide_a_change(tmp_path):
+    if os.name == "nt":
+        pytest.skip("Windows keeps no time of the last change to a file's record")
+    path = tmp_path / "a.bmp"  # same size, other content
+    save_texture(path, seed=1)
+    settle(path)
+    time = path.stat().st_mtime_ns
+    memory = tmp_path / "scan.json"
+    before = look_at_all([path], memory)
+    save_texture(path, seed=2)
+    os.utime(path, ns=(time, time))
+    assert look_at_all([path], memory) != before
+
+
+def test_a_file_written_just_now_is_not_trusted(tmp_path, looks):
+    path = save_texture(tmp_path / "a.png")
+    for _ in range(2):
+        look_at_all([path], tmp_path / "scan.json")
+    assert looks == ["a.png", "a.png"]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"x": {"unknown": 1}}', '{"x": 3}'])
+def test_a_damaged_memory_is_begun_anew(tmp_path, content):
+    path = save_texture(tmp_path / "a.png")
+    settle(path)
+    memory = tmp_path / "scan.json"
+    memory.write_text(content, encoding="utf-8")
+    assert look_at_all([path], memory) == [look_at(path)]
+    assert "a.png" not in memory.read_text(encoding="utf-8")
+
+
+def test_progress_counts_up(tmp_path):
+    paths = [save_texture(tmp_path / f"{n}.png", 8, 8, n) for n in range(4)]
+    seen = []
+    look_at_all(paths, on_progress=lambda done, total: seen.append((done, total)))
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_an_interrupt_keeps_what_is_known_by_then(tmp_path, looks):
+    paths = [save_texture(tmp_path / f"{n}.png", 8, 8, n) for n in range(3)]
+    for path in paths:
+        settle(path)
+
+    def interrupt(done, total):
+        if done == 2:
+            raise KeyboardInterrupt
+
+    memory = tmp_path / "scan.json"
+    with pytest.raises(KeyboardInterrupt):
+        look_at_all(paths, memory, interrupt)
+    looks.clear()
+    look_at_all(paths, memory)
+    assert looks == ["2.png"]
