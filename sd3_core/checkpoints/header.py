@@ -113,9 +113,11 @@ def fingerprint(path: str | Path) -> str:
 
     SHA-256 over the size, the header and evenly spread samples (the whole file up to 16 MiB), so
     that a 16 GB file costs milliseconds; remembered while path, size and time of change stay. A
-    folder is identified by the safetensors files in it.  Raises CheckpointError.
+    folder, or an index of shards in it, is identified by its safetensors files.
+    Raises CheckpointError.
     """
     path = Path(path)
+    path = path.parent if path.suffix == ".json" else path
     if path.is_dir():
         parts = [
             f"{file.relative_to(path).as_posix()}={fingerprint(file)}"

@@ -85,7 +85,13 @@ class Embedding(Scaled, nn.Embedding):
         scale = self.scale
         if scale is not None and scale.numel() > 1:  # one for each row
             scale = scale[input]
-        return cast(F.embedding(input, self.weight), scale, self.dtype)
+        return cast(_rows(self.weight, input), scale, self.dtype)
+
+
+def _rows(table: Tensor, ids: Tensor) -> Tensor:
+    if table.dtype.itemsize > 1:
+        return F.embedding(ids, table)
+    return F.embedding(ids, table.view(torch.uint8)).view(table.dtype)  # not every device picks fp8
 
 
 class LayerNorm(nn.LayerNorm):

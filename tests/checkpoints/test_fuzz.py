@@ -21,7 +21,7 @@ from sd3_pack.sd3_core.models.t5 import T5Config, T5Encoder
 from sd3_pack.sd3_core.models.vae import VAE, VAEConfig
 from tiny import SINGLE_FILE_PREFIXES, shapes_of
 
-TRIALS = 300  # of each kind of damage; `long` runs ten times as many
+TRIALS = 250  # of each kind of damage; `long` runs ten times as many
 SECONDS = 10  # one file takes milliseconds; this would be a hang
 
 SMALLEST = {

@@ -277,7 +277,8 @@ def test_fingerprint_of_a_large_file_samples_it(tmp_path):
     assert fingerprint(path) != before
 
 
-def test_fingerprint_of_a_folder_covers_its_files(file):
+def test_fingerprint_of_a_folder_or_index_covers_its_files(file):
     before = fingerprint(file.parent)
+    assert fingerprint(file.parent / "model.safetensors.index.json") == before
     save_file({"x": torch.ones(1)}, file.parent / "more.safetensors")
     assert fingerprint(file.parent) != before

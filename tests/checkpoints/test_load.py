@@ -22,6 +22,7 @@ from tiny import (
     quantised,
     shapes_of,
     tiny_state_dicts,
+    with_prefixes,
     write_tiny_checkpoint,
 )
 from torch import nn
@@ -49,15 +50,16 @@ def never_converted(monkeypatch):
 
 def outputs(part: str, network: nn.Module, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """One forward pass on fixed input, flat."""
+    device = next(network.parameters()).device
     draw = torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> torch.Tensor:
-        return torch.randn(shape, generator=draw).to(dtype)
+        return torch.randn(shape, generator=draw).to(device, dtype)
 
-    ids = torch.arange(16)[None]
+    ids = torch.arange(16, device=device)[None]
     with torch.no_grad():
         if part == "mmdit":
-            timestep = torch.tensor([700.0, 30.0])
+            timestep = torch.tensor([700.0, 30.0], device=device)
             return network(normal(2, 16, 6, 8), timestep, normal(2, 9, 224), normal(2, 160))
         if part == "vae":
             return network.decode(network.encode(normal(1, 3, 16, 16)).mean)
@@ -102,6 +104,19 @@ def test_fp8_computes_in_bf16(tmp_path, states, part, never_converted):
     assert {p.dtype for p in network.parameters()} == {torch.float8_e4m3fn}
     wanted = expected(part, states, torch.float8_e4m3fn, torch.bfloat16)  # every fp8 fits bf16
     assert (out - wanted).abs().mean() < 0.01 * wanted.abs().mean()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("part", NETWORKS)
+def test_fp8_computes_on_a_gpu(tmp_path, states, part, never_converted):
+    path = tmp_path / "model.safetensors"
+    stored, _ = quantised(states[part], "comfy_quant")
+    save_file(with_prefixes({part: stored}), path)
+    network = LOADERS[part](path, dtype=torch.float32, device="cuda")
+    wanted = outputs(part, LOADERS[part](path, dtype=torch.float32))
+    found = outputs(part, network).cpu()
+    assert (found - wanted).abs().mean() < 0.01 * wanted.abs().mean()
 
 
 def test_weights_that_would_shrink_or_stay_small_are_converted(tmp_path, monkeypatch):
