@@ -1,0 +1,67 @@
+"""One code for ComfyUI 0.3.64 and 0.33: what differs is asked for by name, never by version."""
+
+import dataclasses
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.ops
+import comfy.sample
+import torch
+from comfy_api.latest import io
+from torch import Tensor, nn
+
+
+def schema(fields: Mapping[str, Any]) -> Any:
+    """io.Schema of these fields, without those that this ComfyUI does not know (search words)."""
+    known = {field.name for field in dataclasses.fields(io.Schema)}
+    return io.Schema(**{name: value for name, value in fields.items() if name in known})
+
+
+def advanced(inputs: Sequence[Any]) -> list[Any]:
+    """The same inputs, folded away where this ComfyUI folds inputs away."""
+    for socket in inputs:
+        if hasattr(socket, "advanced"):
+            socket.advanced = True
+    return list(inputs)
+
+
+def make_patcher(model: nn.Module, load_device: Any, offload_device: Any, plain: bool) -> Any:
+    """A ModelPatcher; with dynamic VRAM (0.16 and later) that kind, unless `plain` is asked for."""
+    own = comfy.model_patcher.ModelPatcher
+    dynamic = getattr(comfy.model_patcher, "CoreModelPatcher", own)
+    return (own if plain else dynamic)(
+        model, load_device=load_device, offload_device=offload_device
+    )
+
+
+def archive_dtypes(model: nn.Module) -> None:
+    """Note every parameter's dtype on its module, which dynamic VRAM reads."""
+    archive = getattr(comfy.model_management, "archive_model_dtypes", None)
+    if archive is not None:
+        archive(model)
+
+
+def set_reload(patcher: Any, factory: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    """How ComfyUI gets the same weights anew from disk: for training, hooks, several GPUs."""
+    if hasattr(patcher, "cached_patcher_init"):
+        patcher.cached_patcher_init = (factory, arguments)
+
+
+def quantised_layers() -> bool:
+    """Whether comfy.ops computes with scaled fp8 weights as they are stored."""
+    return hasattr(comfy.ops, "mixed_precision_ops")
+
+
+def intermediate_dtype() -> torch.dtype:
+    chosen = getattr(comfy.model_management, "intermediate_dtype", None)
+    return torch.float32 if chosen is None else chosen()
+
+
+def fix_empty_latent(model: Any, latent: Mapping[str, Any]) -> Tensor:
+    """The samples; an empty latent made for another model gets this one's channels and size."""
+    fix = comfy.sample.fix_empty_latent_channels
+    names = list(inspect.signature(fix).parameters)[2:]  # downscale_ratio_spacial and its like
+    return fix(model, latent["samples"], *[latent.get(name) for name in names])

@@ -1,0 +1,191 @@
+"""Our MODEL in ComfyUI's own nodes, beside the same file loaded by ComfyUI."""
+
+import comfy.model_management
+import comfy.sd
+import pytest
+import torch
+from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+from comfy_extras.nodes_model_merging import ModelMergeSimple, save_checkpoint
+from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+from safetensors.torch import load_file, save_file
+from sd3_pack.nodes.comfy_model import AUTO, make_model
+from sd3_pack.sd3_core.checkpoints.layouts import find_components
+from sd3_pack.sd3_core.checkpoints.load import component_of
+from tiny import quantised, tiny_state_dicts, write_tiny_checkpoint
+
+import nodes
+
+TOLERANCE = {"atol": 1e-4, "rtol": 0}  # golden README: sampling, final latent
+
+
+def ksampler(model, conditioning, sampler="euler", cfg=3.0, shape=(1, 16, 16, 12), **options):
+    latent = {"samples": torch.zeros(shape), **options}
+    return nodes.common_ksampler(
+        model, 5, 3, cfg, sampler, "normal", conditioning(1), conditioning(2), latent
+    )[0]["samples"]
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize("shape", [(2, 16, 16, 12), (1, 16, 13, 15)])
+def test_ksampler_draws_the_same_with_ours_and_theirs(
+    our_model, their_model, conditioning, sampler, shape
+):
+    ours = ksampler(our_model, conditioning, sampler, shape=shape)
+    theirs = ksampler(their_model, conditioning, sampler, shape=shape)
+    torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+def test_prompts_of_different_length_and_cfg_one_run(our_model, their_model, conditioning):
+    def run(model):
+        latent = {"samples": torch.zeros(1, 16, 16, 16)}
+        long, short = conditioning(1, 31), conditioning(2, 20)
+        return nodes.common_ksampler(model, 5, 2, 1.0, "euler", "normal", long, short, latent)[0][
+            "samples"
+        ]
+
+    torch.testing.assert_close(run(our_model), run(their_model), **TOLERANCE)
+
+
+def skip_layers(model):
+    return SkipLayerGuidanceDiT.execute(model, 2.0, 0.0, 1.0, "1", "").args[0]
+
+
+def shifted(model):
+    return ModelSamplingSD3().patch(model, 1.5)[0]
+
+
+def merged(model):
+    return ModelMergeSimple().merge(model, shifted(model), 0.3)[0]
+
+
+@pytest.mark.parametrize("change", [skip_layers, shifted, merged])
+def test_a_native_node_changes_ours_as_it_changes_theirs(
+    our_model, their_model, conditioning, change
+):
+    before = ksampler(our_model, conditioning)
+    changed = ksampler(change(our_model), conditioning)
+    torch.testing.assert_close(changed, ksampler(change(their_model), conditioning), **TOLERANCE)
+    if change is not merged:
+        assert (changed - before).abs().max() > 1e-2
+    assert torch.equal(ksampler(our_model, conditioning), before)  # the base is as it was
+
+
+def test_a_controlnets_output_is_added_after_its_block(our_model, their_model):
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(1, 16, 8, 8, generator=generator)
+    context = torch.randn(1, 9, 4096, generator=generator)
+    pooled = torch.randn(1, 2048, generator=generator)
+    added = torch.randn(1, 16, 128, generator=generator)
+    for model in (our_model, their_model):
+        comfy.model_management.load_models_gpu([model])
+
+    def velocity(model, control):
+        network = model.model.diffusion_model
+        return network(x, torch.tensor([700.0]), context=context, y=pooled, control=control)
+
+    control = {"output": [None, added]}
+    ours = velocity(our_model, control)
+    torch.testing.assert_close(ours, velocity(their_model, control), atol=2e-5, rtol=0)
+    assert (ours - velocity(our_model, None)).abs().max() > 1e-2
+
+
+def test_transformer_options_reach_every_attention(our_model):
+    seen = []
+
+    def override(func, q, k, v, heads, **options):
+        seen.append(options["transformer_options"]["mark"])
+        return func(q, k, v, heads, **options)
+
+    x, context = torch.zeros(1, 16, 4, 4), torch.zeros(1, 3, 4096)
+    options = {"optimized_attention_override": override, "mark": "here"}
+    our_model.model.diffusion_model(
+        x, torch.ones(1), context, torch.zeros(1, 2048), transformer_options=options
+    )
+    assert seen == ["here"] * 3  # two blocks, and the dual attention of the first
+
+
+def test_what_other_models_are_told_is_ignored(our_model):
+    x, context = torch.zeros(1, 16, 4, 4), torch.zeros(1, 3, 4096)
+    out = our_model.model.diffusion_model(
+        x, torch.ones(1), context, torch.zeros(1, 2048), guidance=torch.ones(1)
+    )
+    assert out.shape == x.shape
+
+
+def test_lora_keys_are_those_of_the_native_model(our_model, their_model):
+    import comfy.lora
+
+    ours = comfy.lora.model_lora_keys_unet(our_model.model, {})
+    assert ours == comfy.lora.model_lora_keys_unet(their_model.model, {})
+
+
+def test_a_saved_checkpoint_loads_natively_and_in_ours(our_model, conditioning, tmp_path):
+    save_checkpoint(our_model, filename_prefix="saved", output_dir=str(tmp_path))
+    (file,) = tmp_path.glob("*.safetensors")
+    expected = ksampler(our_model, conditioning)
+    natively = comfy.sd.load_diffusion_model(str(file))
+    torch.testing.assert_close(ksampler(natively, conditioning), expected, **TOLERANCE)
+    again = make_model(component_of(file, "mmdit"))
+    assert torch.equal(ksampler(again, conditioning), expected)
+
+
+def test_a_small_model_saved_by_comfyui_keeps_its_tokenizers(tiny_three, tiny, tmp_path):
+    model, clip, vae = tiny_three
+    save_checkpoint(model, clip, vae, filename_prefix="saved", output_dir=str(tmp_path))
+    (file,) = tmp_path.glob("*.safetensors")
+    before, after = load_file(tiny), load_file(file)
+    assert set(before) <= set(after)
+    for name, tensor in before.items():
+        assert torch.equal(after[name], tensor), name
+    assert set(find_components(file)) == {"mmdit", "vae", "clip_l", "clip_g", "t5"}
+
+
+def test_the_shift_of_a_small_model_is_its_own(tiny_three):
+    assert tiny_three[0].get_model_object("model_sampling").shift == 2.0
+
+
+def test_reloading_from_disk_gives_the_same_weights(our_model):
+    if not hasattr(our_model, "cached_patcher_init"):
+        pytest.skip("this ComfyUI does not reload models")
+    factory, arguments = our_model.cached_patcher_init
+    again = factory(*arguments, disable_dynamic=True)
+    for name, tensor in our_model.model.state_dict().items():
+        assert torch.equal(again.model.state_dict()[name], tensor)
+
+
+def test_weights_are_mapped_not_copied_and_may_be_trained_on(our_model):
+    weight = our_model.model.diffusion_model.context_embedder.weight
+    assert not weight.is_inference()
+    assert weight.untyped_storage().nbytes() > weight.nbytes  # a piece of the mapped file
+
+
+@pytest.mark.parametrize("weight_dtype", ["bf16", "fp16", "fp8_e4m3fn"])
+def test_weights_of_another_precision_compute_in_a_safe_one(wide, conditioning, weight_dtype):
+    model = make_model(component_of(wide, "mmdit"), weight_dtype)
+    exact = ksampler(make_model(component_of(wide, "mmdit")), conditioning)
+    out = ksampler(model, conditioning)
+    assert model.model.diffusion_model.context_embedder.weight.dtype.itemsize < 4
+    assert torch.corrcoef(torch.stack([out.flatten(), exact.flatten()]))[0, 1] > 0.9
+
+
+@pytest.mark.parametrize("spelling", ["scale_weight", "comfy_quant", "rows"])
+def test_scaled_fp8_means_what_its_scales_say(tmp_path, spelling):
+    stored, meant = quantised(tiny_state_dicts(["mmdit"])["mmdit"], spelling)
+    save_file(stored, tmp_path / "scaled.safetensors")
+    save_file(meant, tmp_path / "meant.safetensors")
+    velocities = []
+    for name in ("scaled", "meant"):
+        model = make_model(component_of(tmp_path / f"{name}.safetensors", "mmdit"), AUTO)
+        comfy.model_management.load_models_gpu([model])
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(1, 16, 8, 8, generator=generator)
+        context = torch.randn(1, 5, 224, generator=generator)
+        pooled = torch.randn(1, 160, generator=generator)
+        velocities.append(model.model.diffusion_model(x, torch.tensor([500.0]), context, pooled))
+    torch.testing.assert_close(*velocities, atol=1e-4, rtol=0)
+
+
+def test_a_bf16_file_on_the_cpu_is_computed_in_float32(tmp_path):
+    write_tiny_checkpoint(tmp_path / "half.safetensors", ["mmdit"], torch.bfloat16)
+    model = make_model(component_of(tmp_path / "half.safetensors", "mmdit"))
+    assert model.model.get_dtype_inference() == torch.float32
