@@ -1,4 +1,4 @@
-"""python -m sd3_core generate | verify | inspect"""
+"""python -m sd3_core generate | verify | inspect | train"""
 
 import argparse
 import re
@@ -6,8 +6,13 @@ import secrets
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from .errors import NumericalError
+
+if TYPE_CHECKING:
+    from .training.cache import Progress as CacheProgress
+    from .training.loop import Progress
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,10 +43,12 @@ def parser() -> argparse.ArgumentParser:
     add_generate(commands.add_parser("generate", help="draw a prompt"))
     add_verify(commands.add_parser("verify", help="draw a picture again from its own settings"))
     add_inspect(commands.add_parser("inspect", help="say what a model file is"))
+    add_export(commands.add_parser("export", help="write networks as one file, as released"))
+    add_train(commands.add_parser("train", help="teach a LoRA or a small model"))
     return top
 
 
-def add_files(command: argparse.ArgumentParser) -> None:
+def add_files(command: argparse.ArgumentParser, loras: bool = True) -> None:
     group = command.add_argument_group("files", "a file named for one network wins")
     for flag, meaning in (
         ("--checkpoint", "single file, or diffusers folder, with all or some of the networks"),
@@ -53,11 +60,13 @@ def add_files(command: argparse.ArgumentParser) -> None:
         ("--tokenizers", "folder of tokenizers, if neither the checkpoint nor ComfyUI has them"),
     ):
         group.add_argument(flag, type=Path, metavar="PATH", help=meaning)
+    command.set_defaults(lora=[])
+    if not loras:
+        return
     group.add_argument(
         "--lora",
         type=lora_strength,
         action="append",
-        default=[],
         metavar="PATH[=0.8]",
         help="merge a LoRA at this strength (1 if none is given); may be given several times",
     )
@@ -113,6 +122,32 @@ def add_inspect(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true")
 
 
+def add_export(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_export)
+    command.add_argument("output", type=Path, metavar="OUT.safetensors")
+    add_files(command, loras=False)
+
+
+def add_train(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_train)
+    command.add_argument("config", type=Path, nargs="?", metavar="CONFIG.toml")
+    add = command.add_argument
+    add(
+        "--set",
+        type=setting,
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="change one setting; VALUE as in TOML; may be given several times",
+    )
+    add(
+        "--from-kohya",
+        type=Path,
+        metavar="FILE.toml",
+        help="print a sd-scripts configuration as ours, and what of it is not used",
+    )
+
+
 def run_generate(options: argparse.Namespace) -> int:
     from .generate import generate
     from .pictures import save_png
@@ -149,8 +184,10 @@ def run_generate(options: argparse.Namespace) -> int:
     )
     outputs = output_files(options.output, options.batch)
     result = generate(chosen_files(options), settings, progress())
-    for index, (pixels, path) in enumerate(zip(result.pixels, outputs, strict=True)):
+    outputs = [
         save_png(pixels, path, result.record | {"index": index})
+        for index, (pixels, path) in enumerate(zip(result.pixels, outputs, strict=True))
+    ]
     for note in result.notes:
         print(f"note: {note}")
     print("tokens: " + ", ".join(f"{name} {count}" for name, count in result.tokens.items()))
@@ -173,6 +210,63 @@ def run_inspect(options: argparse.Namespace) -> int:
 
     report = inspect(options.file)
     print(report.to_json() if options.json else "\n".join(report.lines()))
+    return 0
+
+
+def run_export(options: argparse.Namespace) -> int:
+    from .checkpoints.save import export_checkpoint
+    from .settings import find_networks
+
+    if options.output.suffix != ".safetensors":
+        raise ValueError(f"{options.output}: name it {options.output.stem}.safetensors.")
+    if options.output.exists():
+        raise ValueError(f"{options.output}: is there already; name another file, or remove it.")
+    files = chosen_files(options)
+    parts = find_networks(files)
+    if not parts:
+        raise ValueError("nothing to write: name the networks, e.g. --checkpoint FOLDER.")
+    from .generate import stored_tokenizers
+
+    metadata = parts["mmdit"].metadata if "mmdit" in parts else {}
+    path = export_checkpoint(options.output, parts, metadata, stored_tokenizers(files))
+    print(f"{path}: {', '.join(parts)}")
+    return 0
+
+
+def run_train(options: argparse.Namespace) -> int:
+    from .training.config import make_config, read_settings
+    from .training.trainer import train
+
+    if options.from_kohya is not None:
+        return print_from_kohya(options.from_kohya)
+    if options.config is None:
+        raise ValueError("name the settings of the run: train CONFIG.toml")
+    config = make_config(read_settings(options.config) | dict(options.set))
+    bar = TrainingBar()
+    try:
+        outcome = train(config, bar.on_step, bar.on_note, bar.on_progress)
+    except KeyboardInterrupt:
+        return 130
+    except RuntimeError as error:
+        if "out of memory" not in str(error).lower():
+            raise
+        raise ValueError(
+            "the device's memory is full. Try gradient_checkpointing = true, a smaller batch_size "
+            "with more accumulation, or a smaller resolution."
+        ) from error
+    finally:
+        bar.close()
+    print(outcome.product)
+    return 0
+
+
+def print_from_kohya(path: Path) -> int:
+    from .training.kohya import translate
+
+    translated = translate(path)
+    print(translated.toml())
+    for line in translated.ignored:
+        print(f"not used: {line}", file=sys.stderr)
     return 0
 
 
@@ -212,6 +306,17 @@ def lora_strength(text: str) -> tuple[Path, float]:
     return (Path(path), float(strength)) if equals else (Path(text), 1.0)
 
 
+def setting(text: str) -> tuple[str, object]:
+    """ "steps=100" -> ("steps", 100)."""
+    from .training.config import read_toml
+
+    name, equals, value = text.partition("=")
+    try:
+        return name.strip(), read_toml(f"value = {value}")["value"]
+    except ValueError:
+        return name.strip(), value  # text without its quotes
+
+
 def block_list(text: str) -> tuple[int, ...]:
     """ "7,8,9" -> (7, 8, 9)."""
     return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
@@ -234,6 +339,38 @@ def progress():
             bar.close()
 
     return on_step
+
+
+class TrainingBar:
+    """What a run tells, on the terminal."""
+
+    def __init__(self):
+        self.bar: Any = None
+        self.what = ""
+
+    def on_step(self, progress: "Progress") -> None:
+        self._show("train", progress.step, progress.total)
+        self.bar.set_postfix_str(f"loss {progress.loss:.4f}", refresh=False)
+
+    def on_progress(self, progress: "CacheProgress") -> None:
+        self._show(progress.what, progress.done, progress.total)
+
+    def on_note(self, note: str) -> None:
+        self.close()
+        print(note, file=sys.stderr)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def _show(self, what: str, done: int, total: int) -> None:
+        from tqdm import tqdm
+
+        if self.bar is None or self.what != what:
+            self.close()
+            self.bar, self.what = tqdm(total=total, initial=done - 1, desc=what), what
+        self.bar.update(done - self.bar.n)
 
 
 if __name__ == "__main__":

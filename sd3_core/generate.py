@@ -19,9 +19,11 @@ from torch import Tensor, nn
 from .checkpoints.header import fingerprint, read_header
 from .checkpoints.load import load_clip, load_mmdit, load_t5, load_vae
 from .checkpoints.tensors import read_bytes
+from .conditioning import Conditioning
 from .guidance import classifier_free, inpaint, latent_mask
 from .lora import merge
 from .models.clip import CLIPTextModel
+from .models.mmdit import MMDiT
 from .models.t5 import T5Encoder
 from .models.vae import to_model_space, to_vae_space
 from .noise import noise
@@ -31,7 +33,7 @@ from .samplers import SAMPLERS, OnStep, Step
 from .schedule import add_noise
 from .settings import Files, Plan, Settings, chosen_paths, make_plan
 from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
-from .text.vocabularies import find_tokenizers
+from .text.vocabularies import find_tokenizers, pack_tokenizers
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -133,6 +135,17 @@ def stored_files(checkpoint: Path | None) -> dict[str, Callable[[], bytes]] | No
     }
 
 
+def stored_tokenizers(files: Files) -> dict[str, Tensor]:
+    """The tokenizers of these files, as tensors for a checkpoint; see pack_tokenizers."""
+    if files.tokenizers is not None:
+        return pack_tokenizers(files.tokenizers)
+    return {
+        name: torch.frombuffer(bytearray(read()), dtype=torch.uint8)
+        for name, read in (stored_files(files.checkpoint) or {}).items()
+        if ".tokenizer." in name
+    }
+
+
 def start_latents(plan: Plan) -> Tensor:
     """The picture to start from, [B, C, H/8, W/8] in model space; zeros for text-to-image."""
     if plan.settings.init is None:
@@ -154,11 +167,23 @@ def sample(
     """From noise to the clean latents, in model space; the MMDiT is gone when this returns."""
     model = load_mmdit(plan.parts["mmdit"], dtype=plan.dtype, device=plan.device)
     model = with_loras(model, "mmdit", plan)
+    return sample_with(model, plan, positive.conditioning, negative.conditioning, start, on_step)
+
+
+def sample_with(
+    model: MMDiT,
+    plan: Plan,
+    positive: Conditioning,
+    negative: Conditioning,
+    start: Tensor,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """As `sample`, with a network that is loaded already."""
     wanted, schedule = plan.settings, plan.schedule
     velocity = classifier_free(
         model,
-        positive.conditioning.to(plan.device, plan.dtype),
-        negative.conditioning.to(plan.device, plan.dtype),
+        positive.to(plan.device, plan.dtype),
+        negative.to(plan.device, plan.dtype),
         plan.cfg,
         window=schedule.window(wanted.cfg_start, wanted.cfg_end),
         skip=plan.skip,

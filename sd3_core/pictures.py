@@ -1,8 +1,7 @@
 """Pictures in and out: pixels as the VAE takes them, and PNG files that know how they were made."""
 
+import io
 import json
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +9,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
 from torch import Tensor
+
+from .checkpoints.save import save_bytes
 
 SETTINGS_KEY = "sd3_workbench"  # the PNG text chunk
 
@@ -60,18 +61,13 @@ def _flat_rgb(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def save_png(pixels: Tensor, path: Path, settings: dict[str, Any]) -> None:
-    """Write uint8 [H, W, 3] with its settings inside; the file appears whole or not at all."""
+def save_png(pixels: Tensor, path: Path, settings: dict[str, Any]) -> Path:
+    """Write uint8 [H, W, 3] with its settings inside, whole or not at all; see save_bytes."""
     info = PngImagePlugin.PngInfo()
     info.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False))
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=path.stem, suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            Image.fromarray(pixels.numpy()).save(file, format="PNG", pnginfo=info)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    file = io.BytesIO()
+    Image.fromarray(pixels.numpy()).save(file, format="PNG", pnginfo=info)
+    return save_bytes(path, file.getvalue())
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:

@@ -159,11 +159,8 @@ def chosen_paths(files: Files) -> dict[str, Path]:
     }
 
 
-def find_parts(files: Files) -> dict[str, Component]:
-    """The networks in these files, told from their headers alone.
-
-    Raises CheckpointError when the MMDiT or the VAE is missing, naming what would supply it.
-    """
+def find_networks(files: Files) -> dict[str, Component]:
+    """Every network in these files, told from their headers alone."""
     parts: dict[str, Component] = {}
     if files.checkpoint is not None:
         parts.update(find_components(files.checkpoint))
@@ -171,6 +168,15 @@ def find_parts(files: Files) -> dict[str, Component]:
         path = getattr(files, kind)
         if path is not None:
             parts[kind] = component_of(path, kind)
+    return parts
+
+
+def find_parts(files: Files) -> dict[str, Component]:
+    """The networks that draw a picture.
+
+    Raises CheckpointError when the MMDiT or the VAE is missing, naming what would supply it.
+    """
+    parts = find_networks(files)
     missing = [kind for kind in ("mmdit", "vae") if kind not in parts]
     if missing:
         given = ", ".join(str(path) for path in chosen_paths(files).values()) or "no file"

@@ -130,3 +130,24 @@ def test_default_names_are_numbered_and_never_taken(tmp_path, monkeypatch):
 def test_inspect_says_what_the_file_is(model, capsys):
     assert main(["inspect", str(model), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)
+
+
+def test_split_files_are_exported_as_one_that_draws_the_same(model, tmp_path, capsys):
+    split = tmp_path / "split"
+    write_tiny_checkpoint(split, layout="split")
+    whole = tmp_path / "whole.safetensors"
+    files = [
+        "--checkpoint",
+        split / "sd3_tiny.safetensors",
+        "--clip-l",
+        split / "clip_l.safetensors",
+    ]
+    files += ["--clip-g", split / "clip_g.safetensors", "--t5", split / "t5xxl.safetensors"]
+    files += ["--tokenizers", model.parent / "tokenizers"]
+    assert main(["export", str(whole), *map(str, files)]) == 0
+    assert draw(whole, tmp_path / "a.png", "--seed", "1") == 0
+    assert draw(model, tmp_path / "b.png", "--seed", "1") == 0
+    one, other = (np.asarray(Image.open(tmp_path / f"{n}.png"), dtype=np.int16) for n in "ab")
+    assert np.abs(one - other).max() <= 1
+    assert main(["export", str(whole), *map(str, files)]) == 2
+    assert "is there already" in capsys.readouterr().err

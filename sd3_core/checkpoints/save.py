@@ -3,7 +3,7 @@
 import json
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -31,16 +31,14 @@ def save_tensors(
     be replaced (Windows, while a program has it open) the new one gets a name beside it, and a
     warning says so.  Raises CheckpointError when nothing can be written.
     """
-    path = Path(path)
-    try:
-        with _temporary(path) as temporary:
-            with temporary.open("xb") as file:
-                _write(file, tensors, {"format": "pt", **(metadata or {})})
-                file.flush()
-                os.fsync(file.fileno())
-            return _move(temporary, path)
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}.") from error
+    return _replace(
+        Path(path), lambda file: _write(file, tensors, {"format": "pt", **(metadata or {})})
+    )
+
+
+def save_bytes(path: str | Path, data: bytes) -> Path:
+    """Write any other file in the same manner."""
+    return _replace(Path(path), lambda file: file.write(data))
 
 
 def export_checkpoint(
@@ -83,6 +81,18 @@ def _quantisation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             note = json.dumps({"format": FP8_FORMATS[state[f"{module}.weight"].dtype]})
             notes[f"{module}.comfy_quant"] = torch.tensor(list(note.encode()), dtype=torch.uint8)
     return notes
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+    try:
+        with _temporary(path) as temporary:
+            with temporary.open("xb") as file:
+                write(file)
+                file.flush()
+                os.fsync(file.fileno())
+            return _move(temporary, path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}.") from error
 
 
 @contextmanager
@@ -129,7 +139,7 @@ def _move(temporary: Path, path: Path) -> Path:
         warnings.warn(
             f"{path.name} is in use by a program and could not be replaced; the new file is "
             f"{sibling}.",
-            stacklevel=4,
+            stacklevel=5,
         )
         return sibling
     return path

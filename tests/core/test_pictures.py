@@ -1,9 +1,12 @@
 """Pictures in and out."""
 
+import os
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sd3_pack.sd3_core.errors import CheckpointError
 from sd3_pack.sd3_core.pictures import (
     open_picture,
     read_image,
@@ -40,11 +43,11 @@ def test_a_failed_write_leaves_the_old_picture(tmp_path, monkeypatch):
     path = tmp_path / "a.png"
     save_png(torch.zeros(2, 2, 3, dtype=torch.uint8), path, {"old": True})
 
-    def full_disk(*_, **__):
+    def full_disk(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Image.Image, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    monkeypatch.setattr(os, "fsync", full_disk)
+    with pytest.raises(CheckpointError, match=r"a\.png: cannot be written: No space left"):
         save_png(torch.ones(2, 2, 3, dtype=torch.uint8), path, {"old": False})
     assert read_settings(path) == {"old": True}
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.png"]
