@@ -1,0 +1,1 @@
+"""Teaching: what a network is taught, from which pictures, and how a run goes on."""
