@@ -11,6 +11,7 @@ from ..models.attention import Attention, attention
 from ..models.cast import CastOps, Scaled, cast
 from ..models.clip import CLIPConfig, CLIPTextModel
 from ..models.mmdit import MMDiT, MMDiTConfig
+from ..models.onednn import Ops
 from ..models.t5 import T5Config, T5Encoder
 from ..models.vae import VAE, VAEConfig
 from .layouts import SUPPLIERS, TITLES, Component, find_components
@@ -164,12 +165,12 @@ def _may_convert(component: Component, dtype: torch.dtype) -> bool:
 
 
 def _layers(component: Component, dtype: torch.dtype | None, converted: torch.dtype | None) -> Any:
-    """torch.nn where every weight is of the computation's dtype, else layers that cast."""
+    """torch.nn's layers where every weight is of the computation's dtype, else layers that cast."""
     dtypes = {source.dtype for source in component.sources.values()}
     scaled = any(source.scales for source in component.sources.values())
     uniform = len(dtypes) == 1 and not scaled and next(iter(dtypes)).itemsize > 1
     if converted or (uniform and dtype in (None, *dtypes)):
-        return nn
+        return Ops
     return CastOps(dtype or torch.float32)
 
 

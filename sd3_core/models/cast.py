@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import FunctionCtx
 
+from .onednn import linear
+
 
 def cast(stored: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The stored weight in another dtype, times its scale.
@@ -63,7 +65,7 @@ class Linear(Scaled, nn.Linear):
         if input.requires_grad and torch.is_grad_enabled() and self._casts_frozen(input.dtype):
             return _FrozenLinear.apply(input, self.weight, self.scale, self.bias)
         weight = cast(self.weight, self.scale, input.dtype)
-        return F.linear(input, weight, _to(self.bias, input.dtype))
+        return linear(input, weight, _to(self.bias, input.dtype))
 
     def _casts_frozen(self, dtype: torch.dtype) -> bool:
         trained = any(parameter.requires_grad for parameter in self.parameters(recurse=False))

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .attention import Attention, attention
+from .onednn import linear_gelu
 
 HEAD_DIM = 64
 TIMESTEP_FREQUENCIES = 256
@@ -179,7 +180,9 @@ class PatchEmbed(nn.Module):
         self.proj = ops.Conv2d(in_channels, hidden, kernel_size=patch_size, stride=patch_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return rearrange(self.proj(x), "B D H W -> B (H W) D")
+        # Element-wise operations keep the layout they are given: were it still the image's, every
+        # norm of every block would copy its input.
+        return rearrange(self.proj(x), "B D H W -> B (H W) D").contiguous()
 
 
 class MLP(nn.Module):
@@ -189,7 +192,7 @@ class MLP(nn.Module):
         self.fc2 = ops.Linear(MLP_RATIO * hidden, hidden)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(linear_gelu(self.fc1, x))
 
 
 class SelfAttention(nn.Module):

@@ -4,6 +4,7 @@ import pytest
 import torch
 from build import recipe_tensor, with_recipe_weights
 from sd3_pack.sd3_core.errors import CheckpointError
+from sd3_pack.sd3_core.models import onednn
 from sd3_pack.sd3_core.models.mmdit import (
     MMDiT,
     MMDiTConfig,
@@ -34,9 +35,9 @@ def golden_config(recorded: dict) -> MMDiTConfig:
     )
 
 
-def golden_mmdit(recorded: dict) -> MMDiT:
+def golden_mmdit(recorded: dict, ops=torch.nn) -> MMDiT:
     config = golden_config(recorded)
-    model = with_recipe_weights(MMDiT, config, recorded["config"]["SEED"])
+    model = with_recipe_weights(MMDiT, config, recorded["config"]["SEED"], ops)
     if recorded["config"]["pos_embed"] == "sincos":
         size = config.pos_embed_max_size
         model.pos_embed = position_table(config.hidden_size, size, base=64)
@@ -83,6 +84,17 @@ def test_output_equals_the_recording(golden, name):
     expected, recorded = golden(name)
     model = golden_mmdit(recorded)
     out = model(**golden_inputs(expected, recorded))
+    reference = expected["comfyui.out"] if "odd" in name else expected["out"]
+    torch.testing.assert_close(out, reference, atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("name", RECORDINGS)
+def test_output_of_the_loaders_layers_equals_the_recording(golden, name):
+    """Without gradients, when these layers compute their own way."""
+    expected, recorded = golden(name)
+    model = golden_mmdit(recorded, onednn.Ops)
+    with torch.no_grad():
+        out = model(**golden_inputs(expected, recorded))
     reference = expected["comfyui.out"] if "odd" in name else expected["out"]
     torch.testing.assert_close(out, reference, atol=2e-5, rtol=0)
 
@@ -210,6 +222,13 @@ def test_a_shared_prefix_changes_nothing(tiny):
     prefix = tiny.run_blocks(tiny.embed(**given), [0])
     parted = tiny.unembed(tiny.run_blocks(prefix, [2]))
     torch.testing.assert_close(parted, tiny(**given, skip_layers=[1]), atol=0, rtol=0)
+
+
+def test_tokens_lie_in_memory_in_their_order(tiny):
+    """Or each norm of each block would copy them first."""
+    tokens = tiny.embed(**inputs_for(tiny))
+    assert tokens.x.is_contiguous()
+    assert tokens.context.is_contiguous()
 
 
 def test_tokens_split_and_join(tiny):
