@@ -1,0 +1,443 @@
+"""The loop under every kind of training: batches, gradients, steps; saved, resumed, shown.
+
+It knows nothing of pictures: a `Task` says what is trained and what a sample costs.  All that a
+step depends on is in the saved state: what is trained, the optimiser's memory, the averaged
+weights and the number of the step.  Every random number belongs to the step and the sample that it
+serves (see draws.py), so a resumed run is the unbroken one, bit for bit on the same machine.
+"""
+
+import math
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, NumericalError
+from .config import LoopConfig
+from .curve import draw_curve
+from .distributed import ALONE, World
+from .optimizers import (
+    Average,
+    Parameters,
+    learning_rate,
+    make_optimizer,
+    optimizer_state,
+    restore_optimizer,
+    swapped,
+)
+from .run import Run, State
+
+TIMED_STEPS = 3  # after which the remaining time is told
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What some samples of a batch cost, and what else is worth a line in the log; [n] each."""
+
+    each: Tensor  # float32, with gradient
+    logs: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Task(Protocol):
+    """Something that can be learnt."""
+
+    parameters: Parameters  # what is trained: float32, by name
+    product: str  # the folder of what comes out: "lora", "model"
+
+    def loss(self, step: int, rows: range, size: int) -> Losses:
+        """The samples `rows` of the batch of `size` of this step (from 0), over all processes."""
+        ...
+
+    def validate(self) -> Mapping[str, float]:
+        """Measurements on fixed data with fixed noise; "loss" decides which weights are best."""
+        ...
+
+    def sample(self, folder: Path, step: int) -> None:
+        """Draw what shows how far it has come, into this folder; called in one process."""
+        ...
+
+    def export(self, path: Path, step: int) -> Path:
+        """Write the product; returns where it lies.  Called in one process."""
+        ...
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A step that is done."""
+
+    step: int  # 1 ... total
+    total: int
+    loss: float  # mean over the batch
+    learning_rate: float
+    gradient_norm: float  # before clipping
+    seconds_left: float | None  # None in the first steps
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """A finished run."""
+
+    product: Path
+    best: Path | None  # the product with the lowest validation loss
+    step: int
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Best:
+    """The measurement with the lowest validation loss."""
+
+    step: int
+    loss: float
+
+
+OnStep = Callable[[Progress], None]  # what it raises stops the run, after it is saved
+OnNote = Callable[[str], None]  # receives sentences for the user
+
+
+def ignore(_: object) -> None:
+    """The listener that is used when there is none."""
+
+
+class Learner:
+    """What is trained, and all that its next step depends on."""
+
+    def __init__(self, parameters: Parameters, config: LoopConfig):
+        self.parameters = dict(parameters)
+        self.config = config
+        self.optimizer = make_optimizer(self.parameters, config)
+        self.average = Average(self.parameters, config.ema) if config.ema else None
+        self.step = 0  # steps done
+        self.best: Best | None = None
+        self.looked = False  # whether what is due at this step is done: measured, drawn, exported
+        self.whole = True  # False while an update is under way: then nothing may be saved
+
+    def state(self) -> State:
+        """This moment."""
+        tensors = {f"trained/{name}": p.detach() for name, p in self.parameters.items()}
+        if self.average is not None:
+            tensors |= {f"average/{name}": t for name, t in self.average.tensors.items()}
+        memory, numbers = optimizer_state(self.optimizer, list(self.parameters))
+        tensors |= {f"optimizer/{name}": tensor for name, tensor in memory.items()}
+        best = None if self.best is None else [self.best.step, self.best.loss]
+        return State(
+            self.step, tensors, {"optimizer": numbers, "best": best, "looked": self.looked}
+        )
+
+    @torch.no_grad()
+    def restore(self, state: State) -> None:
+        """Back to a moment.  Raises CheckpointError when the state is of something else."""
+        self.whole = False
+        groups: dict[str, dict[str, Tensor]] = {"trained": {}, "average": {}, "optimizer": {}}
+        for full, tensor in state.tensors.items():
+            group, _, name = full.partition("/")
+            groups[group][name] = tensor
+        self._fill(self.parameters, groups["trained"])
+        if self.average is not None:
+            self._fill(self.average.tensors, groups["average"])
+        restore_optimizer(
+            self.optimizer, list(self.parameters), groups["optimizer"], state.values["optimizer"]
+        )
+        self.step = state.step
+        self.best = Best(*state.values["best"]) if state.values["best"] else None
+        self.looked = state.values["looked"]
+        self.whole = True
+
+    @staticmethod
+    def _fill(ours: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+        shapes = {name: tensor.shape for name, tensor in ours.items()}
+        if shapes != {name: tensor.shape for name, tensor in stored.items()}:
+            raise CheckpointError("the saved state belongs to another network or another LoRA.")
+        for name, tensor in ours.items():
+            tensor.copy_(stored[name])
+
+    def update(self) -> float:
+        """One step along the gradients; returns their norm.  NumericalError unless it is finite."""
+        trained = list(self.parameters.values())
+        limit = self.config.clip or math.inf
+        norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
+        if not math.isfinite(norm):
+            raise NumericalError(_diverged(self.step, "gradient"))
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step)
+        self.whole = False
+        self.optimizer.step()
+        self.step += 1
+        self.looked = False
+        if self.average is not None:
+            self.average.update(self.parameters, self.step)
+        self.whole = True
+        return norm
+
+
+def _diverged(step: int, what: str) -> str:
+    return (
+        f"the {what} of step {step + 1} is NaN or infinite. Lower learning_rate or clip, compute "
+        "in bf16 or fp32, or look at the pictures of this batch; earlier states are kept."
+    )
+
+
+def fit(
+    task: Task,
+    run: Run,
+    config: LoopConfig,
+    world: World = ALONE,
+    on_step: OnStep = ignore,
+    on_note: OnNote = ignore,
+) -> Outcome:
+    """Train to the last step, from wherever the run stands.
+
+    The batch of a step is batch_size * accumulation * processes samples.  In several processes all
+    of them call this; the first one writes, draws, and calls on_step and on_note.
+    What on_step raises, SIGINT and SIGTERM (then as KeyboardInterrupt) leave after the state is
+    saved; so does every other error, as long as the weights are those of a whole step.
+    Raises NumericalError when the loss is no longer a number.
+    """
+    say = on_note if world.first else ignore
+    learner = Learner(task.parameters, config)
+    _resume(learner, run, world, say)
+    session = Session(task, run, config, world, learner, say)
+    with session.saved_at_the_end(), stop_signals() as asked_to_stop:
+        if not learner.looked:
+            session.look()
+        while learner.step < config.steps:
+            progress, stop = session.advance(asked_to_stop())
+            if world.first:
+                on_step(progress)
+            session.look()
+            if stop:
+                raise KeyboardInterrupt
+        return session.finish()
+
+
+def _resume(learner: Learner, run: Run, world: World, say: OnNote) -> None:
+    state = run.newest()
+    step = world.share(-1 if state is None else state.step)
+    if state is not None and state.step != step:
+        raise CheckpointError(
+            f"{run.folder}: this process sees the state of step {state.step}, the first one that "
+            f"of step {step}: all processes need the same folder."
+        )
+    if state is not None:
+        learner.restore(state)
+        say(f"{run.name}: goes on from step {state.step}")
+    if world.first:
+        run.rewind(step, learner.looked)
+    world.wait()
+
+
+class Session:
+    """A run while it is being trained; see fit."""
+
+    def __init__(
+        self,
+        task: Task,
+        run: Run,
+        config: LoopConfig,
+        world: World,
+        learner: Learner,
+        say: OnNote,
+    ):
+        self.task, self.run, self.config = task, run, config
+        self.world, self.learner, self.say = world, learner, say
+        # of the newest saved state: its step, and whether that step was looked at
+        self.saved = (learner.step, learner.looked) if run.states() else (-1, False)
+        self.durations: list[float] = []  # seconds, of this session's steps
+
+    def advance(self, stop: bool) -> tuple[Progress, bool]:
+        """One step; also whether any process was asked to stop."""
+        learner, world = self.learner, self.world
+        begin = time.perf_counter()
+        step = learner.step
+        sums = self._accumulate()
+        gradients = [_gradient(parameter) for parameter in learner.parameters.values()]
+        names = list(sums)
+        flag = torch.tensor(float(stop), device=gradients[0].device)
+        numbers = torch.stack([*sums.values(), flag])
+        world.add([*gradients, numbers])
+        values = numbers.tolist()
+        logs = dict(zip(names, values, strict=False))
+        if not math.isfinite(logs["loss"]):
+            raise NumericalError(_diverged(step, "loss"))
+        norm = learner.update()
+        rate = learning_rate(self.config, step)
+        if world.first:
+            line = {"step": learner.step, **logs, "learning_rate": rate, "gradient_norm": norm}
+            self.run.write(line)
+        self.durations.append(time.perf_counter() - begin)
+        progress = Progress(
+            learner.step, self.config.steps, logs["loss"], rate, norm, self._seconds_left()
+        )
+        self._tell_time(progress)
+        return progress, values[-1] > 0
+
+    def _accumulate(self) -> dict[str, Tensor]:
+        """The gradients of this process's samples; means over the batch of what is logged."""
+        config, world = self.config, self.world
+        count = config.batch_size
+        size = count * config.accumulation * world.size
+        self.learner.optimizer.zero_grad(set_to_none=True)
+        sums: dict[str, Tensor] = {}
+        for part in range(config.accumulation):
+            start = (part * world.size + world.rank) * count
+            losses = self.task.loss(self.learner.step, range(start, start + count), size)
+            (losses.each.sum() / size).backward()
+            for name, values in {"loss": losses.each, **losses.logs}.items():
+                total = values.detach().float().sum() / size
+                sums[name] = sums[name] + total if name in sums else total
+        return sums
+
+    def _seconds_left(self) -> float | None:
+        if len(self.durations) < TIMED_STEPS:
+            return None
+        recent = self.durations[1:][-50:]  # the first one also warms up
+        return sum(recent) / len(recent) * (self.config.steps - self.learner.step)
+
+    def _tell_time(self, progress: Progress) -> None:
+        if len(self.durations) == TIMED_STEPS and progress.seconds_left:
+            left = progress.total - progress.step
+            self.say(f"{left} steps left, about {spoken_time(progress.seconds_left)}")
+
+    def look(self) -> None:
+        """What is due at this step: measure, draw, export, save; in this order, so that whatever
+        a killed process lost comes again."""
+        step, config = self.learner.step, self.config
+        improved = self._validate() if self._due(config.validate_every) else False
+        if self.world.first and self._due(config.sample_every):
+            with swapped(self.learner.parameters, self.learner.average):
+                folder = self.run.folder / "samples"
+                folder.mkdir(exist_ok=True)
+                self.task.sample(folder, step)
+        if step and step < config.steps and self._due(config.export_every):
+            self._export(f"-step{step:06}")
+        self.learner.looked = True
+        if step and (improved or self._due(config.checkpoint_every)):
+            self.save()
+
+    def _due(self, every: int) -> bool:
+        step = self.learner.step
+        return every > 0 and (step % every == 0 or step == self.config.steps)
+
+    def _validate(self) -> bool:
+        """Measure; whether it is the best so far."""
+        learner = self.learner
+        with swapped(learner.parameters, learner.average), torch.no_grad():
+            measured = dict(self.task.validate())
+        if not measured:
+            return False
+        if self.world.first:
+            named = {f"validation_{name}": value for name, value in measured.items()}
+            self.run.write({"step": learner.step, **named})
+        if learner.best is not None and measured["loss"] >= learner.best.loss:
+            return False
+        learner.best = Best(learner.step, measured["loss"])
+        if learner.step:
+            self._export("-best")
+        return True
+
+    def _export(self, suffix: str = "") -> Path:
+        path = self.product(suffix)
+        if self.world.first:
+            with swapped(self.learner.parameters, self.learner.average):
+                path = self.task.export(path, self.learner.step)
+        return path
+
+    def product(self, suffix: str = "") -> Path:
+        return product_path(self.run, self.task.product, suffix)
+
+    def save(self) -> None:
+        """Write the state and draw the curve."""
+        if not self.world.first:
+            return
+        best = self.learner.best.step if self.learner.best else None
+        now = (self.learner.step, self.learner.looked)
+        if now != self.saved:
+            self.run.save(self.learner.state(), self.config.keep, best)
+            self.saved = now
+        draw_curve(self.run.lines, self.run.folder / "curve.png")
+
+    def finish(self) -> Outcome:
+        """The last state and the product."""
+        self.save()
+        product = self._export()
+        best = self.product("-best")
+        self.world.wait()
+        there = best if best.exists() else None
+        return Outcome(product, there, self.learner.step, self.run.folder)
+
+    @contextmanager
+    def saved_at_the_end(self) -> Iterator[None]:
+        """Save what there is when something ends the run, and say what was saved."""
+        try:
+            yield
+        except BaseException:
+            if self.world.first:
+                self._rescue()
+            raise
+
+    def _rescue(self) -> None:
+        learner, (saved, _) = self.learner, self.saved
+        failed = ""
+        if learner.whole and learner.step > max(saved, 0):
+            try:
+                self.save()
+                saved = learner.step
+            except (CheckpointError, OSError) as error:
+                failed = f"it could not be saved ({error}); "
+        kept = "saved" if saved == learner.step else f"the saved state is that of step {saved}"
+        self.say(
+            f"{self.run.name}: stopped after step {learner.step} of {self.config.steps}; {failed}"
+            f"{'nothing is saved yet' if saved < 0 else kept}. Start it again with the same "
+            "settings and it goes on from there."
+        )
+
+
+def product_path(run: Run, kind: str, suffix: str = "") -> Path:
+    """Where a run's product lies."""
+    return run.folder / kind / f"{run.name}{suffix}.safetensors"
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    """Zeros where nothing depends on a parameter: it counts as trained in every process alike."""
+    if parameter.grad is None:
+        parameter.grad = torch.zeros_like(parameter)
+    return parameter.grad
+
+
+def spoken_time(seconds: float) -> str:
+    """ "40 s", "12 min", "3 h 20 min"."""
+    minutes = round(seconds / 60)
+    if seconds < 90:
+        return f"{round(seconds)} s"
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come, instead of dying of it; a second one interrupts at once.
+
+    Outside the main thread signals cannot be caught: there on_step is the way to stop.
+    """
+    asked: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+
+    def remember(number: int, _: object) -> None:
+        if asked:
+            raise KeyboardInterrupt
+        asked.append(number)
+
+    before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(asked)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

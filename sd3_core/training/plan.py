@@ -1,0 +1,139 @@
+"""What a run will take, told before it starts, and whether it fits.
+
+The estimate counts what must be there: weights, gradients, the optimiser's memory, and what the
+backward pass keeps of the forward pass.
+"""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..models.mmdit import MMDiT
+from .config import TrainConfig
+
+GIB = 2**30
+
+# Elements that a joint block keeps for the backward pass, per token and hidden channel: measured
+# with torch.autograd.graph.saved_tensors_hooks (tests/training/test_plan.py), with LoRA on
+# attention and MLP, and with everything trained.
+KEPT_LORA = 26
+KEPT_FULL = 26
+KEPT_RECOMPUTED = 1.0  # the block's input alone
+OPTIMIZER_BYTES = {"adamw": 8.0, "adafactor": 0.1, "adamw_8bit": 2.1, "prodigy": 16.0}
+RESERVE = 0.6 * GIB  # CUDA context, kernels' workspaces and the allocator's rounding
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes on the device of one process."""
+
+    weights: float  # of the network
+    trained: float  # what is trained beside it, gradients, optimiser, averaged weights
+    activations: float
+
+    @property
+    def total(self) -> float:
+        return self.weights + self.trained + self.activations
+
+
+@dataclass(frozen=True)
+class TrainPlan:
+    """The run in numbers."""
+
+    trained: int  # parameters
+    steps: int
+    done: int
+    global_batch: int
+    pictures: int
+    epochs: float
+    estimate: Estimate
+    free: float | None  # bytes; None: unknown
+
+    def lines(self) -> list[str]:
+        """The plan as text."""
+        size, found = self.estimate, "" if self.free is None else f" of {_gib(self.free)} free"
+        return [
+            f"trains {self.trained:,} parameters on {self.pictures} pictures",
+            f"{self.steps - self.done} steps to go ({self.done} of {self.steps} done), "
+            f"{self.global_batch} samples each: {self.epochs:.1f} epochs in all",
+            f"memory: about {_gib(size.total)}{found} (network {_gib(size.weights)}, training "
+            f"state {_gib(size.trained)}, activations {_gib(size.activations)})",
+        ]
+
+
+def estimate_memory(
+    model: MMDiT,
+    parameters: Mapping[str, Tensor],
+    config: TrainConfig,
+    *,
+    tokens: int,
+    dtype: torch.dtype,
+) -> Estimate:
+    """What training will hold at its peak.
+
+    tokens: of one sample, text and image.  dtype: of the computation.
+    """
+    own = {id(parameter) for parameter in model.parameters()}
+    weights = sum(_bytes(tensor) for tensor in (*model.parameters(), *model.buffers()))
+    count = sum(parameter.numel() for parameter in parameters.values())
+    beside = sum(_bytes(p) for p in parameters.values() if id(p) not in own)
+    state = count * (4 + OPTIMIZER_BYTES[config.optimizer] + (4 if config.ema else 0))
+    block = (KEPT_LORA if config.method == "lora" else KEPT_FULL) * model.config.hidden_size
+    blocks = model.config.depth * block
+    if config.gradient_checkpointing:
+        blocks = block + KEPT_RECOMPUTED * model.config.hidden_size * model.config.depth
+    activations = config.batch_size * tokens * blocks * dtype.itemsize
+    return Estimate(weights, beside + state, activations)
+
+
+def _bytes(tensor: Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def free_memory(device: torch.device) -> float | None:
+    """Bytes that this process may still take on the device; None where nobody tells."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return free + reserved
+    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return _available_memory()
+    return None
+
+
+def _available_memory() -> float:
+    """Linux counts what its file cache would give back; elsewhere only what is free."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            found = next(line for line in file if line.startswith("MemAvailable:"))
+        return int(found.split()[1]) * 1024
+    except (OSError, StopIteration, ValueError):
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_fits(estimate: Estimate, loaded: float, free: float | None, config: TrainConfig) -> None:
+    """Refuse a run that cannot fit.
+
+    loaded: bytes of the estimate that are on the device already.  Raises ValueError with advice.
+    """
+    needed = estimate.total - loaded
+    if not config.check_memory or free is None or needed <= free:
+        return
+    advice = [
+        *(["gradient_checkpointing = true"] if not config.gradient_checkpointing else []),
+        *(["a smaller batch_size with more accumulation"] if config.batch_size > 1 else []),
+        "a smaller resolution",
+        *(['optimizer = "adafactor"'] if config.optimizer != "adafactor" else []),
+        *(["a smaller rank", "an fp8 file of the model"] if config.method == "lora" else []),
+    ]
+    raise ValueError(
+        f"this run needs about {_gib(needed)} more memory and {_gib(free)} are free. Try "
+        f"{', '.join(advice)}; or check_memory = false to try it as it is."
+    )
+
+
+def _gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.0f} MiB"

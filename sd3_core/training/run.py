@@ -1,0 +1,320 @@
+"""A run's folder, <output>/sd3/<run_name>/: all that outlives the process that trains.
+
+    config.json   what the run is: its settings, and the identity of what it reads
+    state/        what it takes to go on: the newest states and the best one
+    log.jsonl     a line for each step and each measurement
+    curve.png     the loss, drawn
+    samples/      pictures on the way
+    lora/         the products; model/ where a whole network is trained
+
+A run is one and the same as long as its name and identity are.  One process at a time has it open.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.header import read_header
+from ..checkpoints.save import save_bytes, save_tensors
+from ..checkpoints.tensors import read_tensors
+from ..errors import CheckpointError
+
+FORMAT = 1
+LONGEST_NAME = 100
+_STATE = re.compile(r"step-(\d{8})\.safetensors")
+_LEFT_BEHIND = re.compile(r"\..*\.part|.*\.tmp")  # of a process that was killed while writing
+_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows' own names
+
+
+class RunRefused(ValueError):
+    """A run of this name cannot go on: says what differs, or who has it open."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A moment of a run, from which it goes on exactly as if it had never stopped."""
+
+    step: int  # steps done
+    tensors: dict[str, Tensor]
+    values: dict[str, Any] = field(default_factory=dict)  # as JSON holds them
+
+
+def run_folder(output: Path, name: str) -> Path:
+    """Where the run of this name lives.
+
+    Raises ValueError for a name that is no plain folder name: a run never leaves its place.
+    """
+    plain = re.fullmatch(r"\w[\w .+-]*", name) and name == name.rstrip(" .")
+    if not plain or len(name) > LONGEST_NAME or _RESERVED.fullmatch(name):
+        raise ValueError(
+            f"run_name is {name!r}; use letters, digits, spaces and _ - + . (up to "
+            f"{LONGEST_NAME}, beginning with a letter or digit): it becomes a folder."
+        )
+    home = output / "sd3"
+    folder = home / name
+    if folder.resolve().parent != home.resolve():
+        raise ValueError(f"{folder}: is a link to another place; a run stays in its own folder.")
+    return folder
+
+
+class Run:
+    """An open run; see open_run."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.lines: list[dict[str, Any]] = []  # of the log
+        self._log: IO[str] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    # Identity
+
+    def settle(self, identity: Mapping[str, Any], steps: int, settings: Mapping[str, Any]) -> None:
+        """Make sure that this is the run that is asked for; write down what it is.
+
+        identity: what must not change, as JSON holds it.  steps: may rise.
+        Raises RunRefused with the list of what differs.
+        """
+        known = self._config()
+        identity = json.loads(json.dumps(identity))
+        if known is not None:
+            lines = differences(known["identity"], identity)
+            if steps < known["steps"]:
+                lines.append(f"steps: {known['steps']} -> {steps} (a run can only be made longer)")
+            if lines:
+                raise RunRefused(
+                    f"there is a run named {self.name!r} with other settings:\n  "
+                    + "\n  ".join(lines)
+                    + f"\nGive this one another run_name, take the old settings back, or delete "
+                    f"{self.folder}."
+                )
+            if known["steps"] == steps and known["identity"] == identity:
+                return
+        config = {
+            "format": FORMAT,
+            "steps": steps,
+            "identity": identity,
+            "settings": dict(settings),
+            "torch": str(torch.__version__),
+        }
+        text = json.dumps(config, indent=1, ensure_ascii=False)
+        save_bytes(self.folder / "config.json", text.encode())
+
+    def _config(self) -> dict[str, Any] | None:
+        path = self.folder / "config.json"
+        if not path.exists():
+            if self.states():
+                raise RunRefused(f"{path}: is missing, so its states belong to unknown settings.")
+            return None
+        try:
+            config = json.loads(path.read_text(encoding="utf-8"))
+            if not (isinstance(config["steps"], int) and isinstance(config["identity"], dict)):
+                raise TypeError("steps or identity is of the wrong kind")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunRefused(
+                f"{path}: is damaged ({error}). Give another run_name, or delete {self.folder}."
+            ) from error
+        if config.get("format") != FORMAT:
+            raise RunRefused(f"{path}: was written by another version of this program.")
+        return config
+
+    # States
+
+    def states(self) -> dict[int, Path]:
+        """The saved states by their number of steps, oldest first."""
+        folder = self.folder / "state"
+        names = (_STATE.fullmatch(path.name) for path in folder.glob("*") if path.is_file())
+        return {int(name[1]): folder / name[0] for name in sorted(filter(None, names), key=_number)}
+
+    def save(self, state: State, keep: int, best: int | None) -> Path:
+        """Write a state, then drop what is neither among the newest `keep` nor the best.
+
+        Raises CheckpointError when it cannot be written; the older states are untouched then.
+        """
+        path = self.folder / "state" / f"step-{state.step:08}.safetensors"
+        values = json.dumps({"format": FORMAT, "step": state.step, **state.values})
+        save_tensors(path, state.tensors, {"sd3_workbench.state": values})
+        states = self.states()
+        for step in sorted(states)[:-keep]:
+            if step != best:
+                states[step].unlink(missing_ok=True)
+        return path
+
+    def newest(self) -> State | None:
+        """The newest state that can be read; None at the beginning of a run.
+
+        Raises CheckpointError when there are states and none can be read.
+        """
+        fault: CheckpointError | None = None
+        for path in reversed(self.states().values()):
+            try:
+                return read_state(path)
+            except CheckpointError as error:  # a disk that lost power may leave a file short
+                fault = error
+        if fault is not None:
+            raise CheckpointError(f"{self.folder}: no saved state can be read ({fault})")
+        return None
+
+    # Log
+
+    def rewind(self, step: int, looked: bool) -> None:
+        """Drop what the log says of later steps, which will come again.
+
+        looked: whether this step's own measurements are done; else they come again too.
+        """
+        self.close_log()
+        path = self.folder / "log.jsonl"
+        lines = _whole_lines(path) if path.exists() else ()
+        self.lines = [
+            line
+            for line in lines
+            if line["step"] < step or (line["step"] == step and (looked or "loss" in line))
+        ]
+        save_bytes(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Append a line to the log."""
+        if self._log is None:
+            self._log = (self.folder / "log.jsonl").open("a", encoding="utf-8", buffering=1)
+        self._log.write(json.dumps(line) + "\n")
+        self.lines.append(dict(line))
+
+    def close_log(self) -> None:
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+
+def _number(name: re.Match[str]) -> int:
+    return int(name[1])
+
+
+def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            yield line
+
+
+def read_state(path: Path) -> State:
+    """A saved state, in memory.  Raises CheckpointError."""
+    header = read_header(path)
+    try:
+        values = json.loads(header.metadata["sd3_workbench.state"])
+        step, version = values.pop("step"), values.pop("format")
+    except (KeyError, ValueError) as error:
+        raise CheckpointError(f"{path}: is no state of a run ({error}).") from error
+    if version != FORMAT:
+        raise CheckpointError(f"{path}: was written by another version of this program.")
+    return State(step, read_tensors(header), values)
+
+
+def differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
+    """A line for each entry that is not the same."""
+    return [
+        f"{name}: {_shown(known.get(name))} -> {_shown(asked.get(name))}"
+        for name in dict.fromkeys((*known, *asked))
+        if known.get(name) != asked.get(name)
+    ]
+
+
+def _shown(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+@contextmanager
+def open_run(output: Path, name: str) -> Iterator[Run]:
+    """The run of this name, made or found, for this process alone.
+
+    Raises ValueError for the name and RunRefused when another process has the run open.
+    """
+    folder = run_folder(output, name)
+    try:
+        (folder / "state").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be made: {error.strerror or error}.") from error
+    with _locked(folder / "lock"):
+        for place in (folder, *(path for path in folder.iterdir() if path.is_dir())):
+            sweep(place.iterdir())
+        run = Run(folder)
+        try:
+            yield run
+        finally:
+            run.close_log()
+
+
+def sweep(paths: Iterable[Path]) -> None:
+    """Delete what a killed process was writing."""
+    for path in paths:
+        if _LEFT_BEHIND.fullmatch(path.name) and path.is_file():
+            path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold a lock that the system itself takes back when the process ends, however it ends."""
+    with path.open("a+", encoding="utf-8") as file:
+        if not _lock(file):
+            raise RunRefused(
+                f"the run {path.parent.name!r} is being trained by another process"
+                f"{_holder(path)}. Wait for it, or stop it."
+            )
+        path.with_name("lock.txt").write_text(
+            f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}", encoding="utf-8"
+        )
+        try:
+            yield
+        finally:
+            path.with_name("lock.txt").unlink(missing_ok=True)
+            _unlock(file)
+
+
+def _holder(path: Path) -> str:
+    try:
+        return f" ({path.with_name('lock.txt').read_text(encoding='utf-8')})"
+    except OSError:
+        return ""
+
+
+if os.name == "nt":
+    import msvcrt
+
+    def _lock(file: IO[str]) -> bool:
+        file.seek(0)
+        try:
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+
+    def _unlock(file: IO[str]) -> None:
+        file.seek(0)
+        msvcrt.locking(file.fileno(), msvcrt.LK_UNLCK, 1)
+
+else:
+    import fcntl
+
+    def _lock(file: IO[str]) -> bool:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        return True
+
+    def _unlock(file: IO[str]) -> None:
+        fcntl.flock(file, fcntl.LOCK_UN)

@@ -1,0 +1,108 @@
+"""Sample pictures of a run: drawn as `generate` draws, with the network as it is now."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..conditioning import Conditioning
+from ..generate import decode, sample_with, text_encoders
+from ..models.mmdit import MMDiT
+from ..noise import noise
+from ..pictures import save_png, to_uint8
+from ..schedule import Schedule
+from ..settings import Plan, Settings, make_plan
+from .config import TrainConfig
+from .densities import find_density
+from .objectives import Objective, RectifiedFlow, find_objective
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A picture to draw, again and again."""
+
+    plan: Plan
+    positive: Conditioning
+    negative: Conditioning
+
+
+@dataclass(frozen=True)
+class SamplePictures:
+    """All sample pictures of a run, their prompts encoded."""
+
+    samples: tuple[Sample, ...]
+    objective: Objective
+
+    def draw(self, model: MMDiT, folder: Path, step: int) -> None:
+        """Write step-000100-1.png, ... into the folder."""
+        for number, sample in enumerate(self.samples, 1):
+            x0 = self._latents(model, sample)
+            pixels = to_uint8(decode(sample.plan, x0))[0]
+            settings = sample.plan.settings
+            record = {
+                "step": step,
+                "prompt": settings.prompt,
+                "seed": settings.seed,
+                "steps": settings.steps,
+                "cfg": sample.plan.cfg,
+                "shift": sample.plan.schedule.shift,
+            }
+            save_png(pixels, folder / f"step-{step:06}-{number}.png", {"training sample": record})
+
+    def _latents(self, model: MMDiT, sample: Sample) -> Tensor:
+        plan = sample.plan
+        start = torch.zeros(plan.latent_shape, device=plan.device)
+        if isinstance(self.objective, RectifiedFlow):
+            return sample_with(model, plan, sample.positive, sample.negative, start)
+        positive = sample.positive.to(plan.device, plan.dtype)
+        negative = sample.negative.to(plan.device, plan.dtype)
+
+        def predict(x: Tensor, timestep: Tensor) -> Tensor:
+            given = (x.to(plan.dtype), timestep.to(x.device))
+            with_words = model(*given, positive.context, positive.pooled).float()
+            without = model(*given, negative.context, negative.pooled).float()
+            return without + (with_words - without) * plan.cfg
+
+        begin = noise(plan.latent_shape, plan.settings.seed).to(plan.device)
+        return self.objective.sample(predict, begin, plan.settings.steps or len(plan.sigmas) - 1)
+
+
+def encode_samples(config: TrainConfig, schedule: Schedule, resolution: int) -> SamplePictures:
+    """Plans of the sample pictures, their prompts encoded; the encoders leave again.
+
+    Raises ValueError for settings that cannot be drawn.
+    """
+    wanted = Settings(
+        prompt="",
+        use=config.use,
+        t5_length=config.t5_length,
+        width=resolution,
+        height=resolution,
+        seed=config.sample_seed,
+        steps=config.sample_steps,
+        cfg=config.sample_cfg,
+        shift=schedule.shift,
+        dtype=config.dtype,
+        device=config.device,
+    )
+    plans = [
+        make_plan(config.files, replace(wanted, prompt=prompt)) for prompt in config.sample_prompts
+    ]
+    encoders = text_encoders(config.files, plans[0])
+    samples = []
+    for plan in plans:
+        given = {"use": config.use, "t5_length": config.t5_length}
+        positive = encoders.encode(plan.settings.prompt, **given)
+        negative = encoders.encode("", **given)
+        samples.append(
+            Sample(
+                plan,
+                positive.conditioning.to("cpu", torch.float32),
+                negative.conditioning.to("cpu", torch.float32),
+            )
+        )
+    objective = find_objective(
+        config.objective, RectifiedFlow(find_density(config.density), schedule)
+    )
+    return SamplePictures(tuple(samples), objective)

@@ -1,0 +1,142 @@
+"""What a configuration is about: networks, pictures, objective; found, checked, nothing loaded."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.layouts import Component, find_components
+from ..checkpoints.load import component_of, read_config
+from ..models.mmdit import MMDiTConfig
+from ..presets import PRESETS, Preset, family
+from ..schedule import Schedule, Window
+from ..settings import FLAGS, check_fit, model_preset, settled_shift
+from .config import TrainConfig
+from .dataset import Dataset, read_dataset
+from .densities import find_density
+from .folders import Source
+from .objectives import Objective, RectifiedFlow, find_objective
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is trained, and what it is trained on; no weight is read yet."""
+
+    parts: dict[str, Component]  # without the MMDiT when it is a new one
+    mmdit: MMDiTConfig
+    preset: Preset
+    family: str
+    resolution: int
+    schedule: Schedule
+    objective: Objective
+    dataset: Dataset
+    held: Dataset | None  # to validate on; None: the dataset itself
+
+
+def find_subject(config: TrainConfig) -> Subject:
+    """Read headers and look at the pictures.  Raises CheckpointError and ValueError."""
+    if not config.data:
+        raise ValueError('data is missing; name a folder of pictures: data = "pictures".')
+    parts = find_networks(config)
+    sizes: dict[str, Any] = {kind: read_config(part) for kind, part in parts.items()}
+    if config.method == "scratch":
+        sizes["mmdit"] = new_mmdit(config, sizes)
+        preset, kind = PRESETS["other"], "other"
+        preset = replace(preset, shift=1.0, native_pixels=(config.resolution or 0) ** 2)
+    else:
+        check_fit(parts, sizes)
+        preset = model_preset(parts["mmdit"], sizes["mmdit"])
+        hints = [parts["mmdit"].file.name, *parts["mmdit"].metadata.values()]
+        kind = family(sizes["mmdit"], hints)
+    resolution = config.resolution or int(preset.native_pixels**0.5)
+    schedule = Schedule(settled_shift(config.shift, preset, resolution**2))
+    flow = RectifiedFlow(
+        find_density(config.density),
+        schedule,
+        config.loss_space,
+        Window(high=config.highest_sigma, low=config.lowest_sigma),
+    )
+    objective = find_objective(config.objective, flow)
+    held = None
+    if config.validation_data and config.validate_every:
+        held = dataset_of(config, config.validation_data, resolution)
+    dataset = dataset_of(config, config.data, resolution)
+    return Subject(
+        parts, sizes["mmdit"], preset, kind, resolution, schedule, objective, dataset, held
+    )
+
+
+def find_networks(config: TrainConfig) -> dict[str, Component]:
+    """The networks of the configuration's files, from their headers."""
+    files, parts = config.files, {}
+    if files.checkpoint is not None:
+        parts.update(find_components(files.checkpoint))
+    for kind in FLAGS:
+        if (path := getattr(files, kind)) is not None:
+            parts[kind] = component_of(path, kind)
+    if config.method == "scratch":
+        parts.pop("mmdit", None)
+    needed = ("vae",) if config.method == "scratch" else ("mmdit", "vae")
+    if missing := [kind for kind in needed if kind not in parts]:
+        raise ValueError(
+            f'no {" and no ".join(missing)} in the files of this run: set checkpoint = "...", or '
+            f"{' and '.join(f'{kind} = ...' for kind in missing)}."
+        )
+    return parts
+
+
+def new_mmdit(config: TrainConfig, sizes: Mapping[str, Any]) -> MMDiTConfig:
+    """The size of a new MMDiT: as wide as the encoders and the VAE ask for."""
+    if config.resolution is None:
+        raise ValueError("resolution is missing; a new model needs one, such as 64.")
+    clips = [sizes[kind] for kind in ("clip_l", "clip_g") if kind in sizes]
+    if not clips or ("t5" not in sizes and len(clips) < 2):
+        raise ValueError(
+            "a new model needs its text encoders: clip_l, clip_g and t5, or at least two."
+        )
+    width = sum(clip.hidden_size for clip in clips)
+    qk_norm = True if config.qk_norm is None else config.qk_norm
+    return MMDiTConfig(
+        depth=config.depth,
+        patch_size=config.patch_size,
+        in_channels=sizes["vae"].latent_channels,
+        context_dim=sizes["t5"].d_model if "t5" in sizes else width,
+        pooled_dim=sum(clip.pooled_dim for clip in clips),
+        pos_embed_max_size=config.position_size,
+        qk_norm=qk_norm,
+        dual_attention_layers=config.dual_attention_blocks,
+    )
+
+
+def dataset_of(config: TrainConfig, sources: tuple[Source, ...], resolution: int) -> Dataset:
+    return read_dataset(
+        sources,
+        resolution=resolution,
+        bucket_step=config.bucket_step,
+        widest=config.widest,
+        alpha=config.alpha,
+        background=config.background,
+        crop=config.crop,
+        crop_seed=config.seed,
+        original_share=config.original_share,
+        memory=cache_folder(config) / "pictures.jsonl",
+    )
+
+
+def cache_folder(config: TrainConfig) -> Path:
+    """One for all runs: entries are keyed by what they hold, so runs share them."""
+    return config.output / "sd3" / ".cache"
+
+
+def patch_pixels(subject: Subject) -> int:
+    """Side of what becomes one token, in pixels."""
+    vae: Any = read_config(subject.parts["vae"])
+    return vae.factor * subject.mmdit.patch_size
+
+
+def small_model(subject: Subject) -> dict[str, str]:
+    """What a model of no released family tells of itself; see settings.model_preset."""
+    return {
+        "sd3_workbench.shift": str(subject.schedule.shift),
+        "sd3_workbench.native_pixels": str(subject.resolution**2),
+    }

@@ -1,0 +1,244 @@
+"""A training run from its settings to its product.  Read this first.
+
+`train(config)` is the recipe: find the model and the pictures, open the run, encode everything once
+(the encoders then leave), load the network, and give it to the loop.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from .. import lora
+from ..checkpoints.load import component_of, load_mmdit
+from ..lora import TrainableLoRA
+from ..models.mmdit import MMDiT
+from ..precision import pick_device, pick_dtype, wide_dtype
+from ..settings import FLAGS
+from .batches import Batches
+from .cache import Cache
+from .cache import Progress as CacheProgress
+from .config import TrainConfig, plain_settings
+from .distributed import World, find_world, joined
+from .flow import FlowTask, Place
+from .loop import OnNote, OnStep, Outcome, fit, ignore, product_path
+from .metadata import metadata
+from .networks import add_qk_norm, load_to_train, recompute_blocks, write_new_mmdit
+from .plan import TrainPlan, check_fits, estimate_memory, free_memory
+from .run import Run, open_run, run_folder
+from .samples import SamplePictures, encode_samples
+from .stages import Machine, fingerprint_of, model_cache
+from .subject import Subject, cache_folder, find_subject, patch_pixels, small_model
+from .validation import chosen
+
+# Settings that a run may change between two starts: where things lie, and how a batch is divided.
+# The content of files and folders is compared instead, and the size of the whole batch.
+FREE = (
+    *("run_name", "output", "steps", "batch_size", "accumulation", "check_memory"),
+    *("data", "validation_data", "checkpoint", "tokenizers", *FLAGS),
+)
+
+OnProgress = Callable[[CacheProgress], None]
+
+
+def train(
+    config: TrainConfig,
+    on_step: OnStep = ignore,
+    on_note: OnNote = ignore,
+    on_progress: OnProgress = ignore,
+) -> Outcome:
+    """Train, or go on, or return what is finished.
+
+    on_step: after each step; what it raises stops the run, saved.  on_note: receives sentences.
+    on_progress: while pictures and captions are encoded.  Under torchrun each process calls this.
+    Raises ValueError for settings, CheckpointError for files, RunRefused when the run of this name
+    is another one or is being trained, and NumericalError when the loss is no longer a number.
+    """
+    world = find_world()
+    say = on_note if world.first else ignore
+    place = pick_place(config, world)
+    run_folder(config.output, config.run_name)
+    subject = find_subject(config)
+    for line in subject.dataset.report.lines():
+        say(line)
+    with joined(world, place.device), opened(config, world) as run:
+        if world.first:
+            run.settle(identity(config, subject, world), config.steps, plain_settings(config))
+        if (outcome := finished(config, run, world)) is not None:
+            say(f"{run.name}: is finished; nothing was computed")
+            return outcome
+        config = with_new_mmdit(config, subject, run, world)
+        cache = prepared(config, subject, place, say, on_progress)
+        pictures = None
+        if world.first and config.sample_every:
+            pictures = encode_samples(config, subject.schedule, subject.resolution)
+        task = make_task(config, subject, cache, place, pictures)
+        tell_plan(config, subject, task, cache.layout.length, run, say)
+        return fit(task, run, config, world, on_step, on_note)
+
+
+def pick_place(config: TrainConfig, world: World) -> Place:
+    """The device of this process, and the dtype it computes in."""
+    device = pick_device(config.device)
+    if device.type == "cuda" and world.size > 1:
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
+    return Place(device, pick_dtype(config.dtype, device), world)
+
+
+@contextmanager
+def opened(config: TrainConfig, world: World) -> Iterator[Run]:
+    """The run's folder: locked by the first process, looked at by the others."""
+    if world.first:
+        with open_run(config.output, config.run_name) as run:
+            world.wait()
+            yield run
+    else:
+        world.wait()
+        yield Run(run_folder(config.output, config.run_name))
+
+
+def identity(config: TrainConfig, subject: Subject, world: World) -> dict[str, Any]:
+    """What makes this run the one it is, as JSON holds it."""
+    settings = {k: v for k, v in plain_settings(config).items() if k not in FREE}
+    return {
+        **settings,
+        "samples of a step": global_batch(config, world),
+        "pictures and captions": subject.dataset.digest,
+        "pictures of validation": subject.held.digest if subject.held else None,
+        **{f"weights of {kind}": fingerprint_of(part) for kind, part in subject.parts.items()},
+    }
+
+
+def global_batch(config: TrainConfig, world: World) -> int:
+    return config.batch_size * config.accumulation * world.size
+
+
+def finished(config: TrainConfig, run: Run, world: World) -> Outcome | None:
+    """The outcome of a run that has nothing left to do."""
+    product = product_path(run, "lora" if config.method == "lora" else "model")
+    best = product_path(run, product.parent.name, "-best")
+    done = config.steps in run.states() and product.exists()
+    if not world.share(int(done)):
+        return None
+    return Outcome(product, best if best.exists() else None, config.steps, run.folder)
+
+
+def with_new_mmdit(config: TrainConfig, subject: Subject, run: Run, world: World) -> TrainConfig:
+    """The configuration with the new network, not yet trained, as a file of the run."""
+    if config.method != "scratch":
+        return config
+    path = run.folder / "state" / "untrained.safetensors"
+    if world.first and not path.exists():
+        base = max(1, round(subject.resolution / patch_pixels(subject)))
+        write_new_mmdit(
+            path, subject.mmdit, base=base, seed=config.seed, metadata=small_model(subject)
+        )
+    world.wait()
+    return replace(config, mmdit=path)
+
+
+def prepared(
+    config: TrainConfig, subject: Subject, place: Place, say: OnNote, on_progress: OnProgress
+) -> Cache:
+    """Latents and text embeddings of everything; the encoders and the VAE are gone afterwards."""
+    device, dtype = place.device, place.dtype
+    machine = Machine(device, dtype, wide_dtype(dtype, device))
+    cache = model_cache(
+        cache_folder(config), config.files, machine, use=config.use, t5_length=config.t5_length
+    )
+    if place.world.first:
+        for dataset in (subject.dataset, subject.held):
+            if dataset is not None:
+                for line in cache.prepare(dataset, on_progress=on_progress).lines():
+                    say(line)
+    place.world.wait()
+    return cache
+
+
+def make_task(
+    config: TrainConfig,
+    subject: Subject,
+    cache: Cache,
+    place: Place,
+    pictures: SamplePictures | None,
+) -> FlowTask:
+    """The network on its device, with what is trained of it."""
+    part = component_of(config.mmdit or subject.parts["mmdit"], "mmdit")
+    adapters = None
+    if config.method == "lora":
+        model = load_mmdit(part, dtype=place.dtype, device=place.device)
+        adapters = add_lora(model, config)
+    else:
+        model = load_to_train(part, place.device)
+        _settle_qk_norm(model, config)
+    if config.gradient_checkpointing:
+        recompute_blocks(model, random=config.lora_dropout > 0)
+    return FlowTask(
+        model,
+        adapters,
+        subject.objective,
+        Batches(subject.dataset, cache, config),
+        chosen(subject.held or subject.dataset, config.validation_items),
+        config,
+        place,
+        lambda step: metadata(config, subject, cache, step),
+        **({} if pictures is None else {"draw_samples": pictures.draw}),
+    )
+
+
+def add_lora(model: MMDiT, config: TrainConfig) -> TrainableLoRA:
+    targets = lora.mmdit_targets(
+        model, kinds=config.lora_kinds, streams=config.lora_streams, blocks=config.lora_blocks
+    )
+    return lora.add(
+        model,
+        targets,
+        rank=config.rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        generator=torch.Generator().manual_seed(config.seed),
+    )
+
+
+def _settle_qk_norm(model: MMDiT, config: TrainConfig) -> None:
+    if config.qk_norm and not model.config.qk_norm:
+        add_qk_norm(model)
+        model.requires_grad_(True)
+    if config.qk_norm is False and model.config.qk_norm:
+        raise ValueError("qk_norm is false, but the model has it; leave the setting away.")
+
+
+def tell_plan(
+    config: TrainConfig,
+    subject: Subject,
+    task: FlowTask,
+    text_tokens: int,
+    run: Run,
+    say: OnNote,
+) -> None:
+    """Say what the run will take.  Raises ValueError when it cannot fit."""
+    world, device = task.place.world, task.place.device
+    largest = max(width * height for width, height in subject.dataset.report.buckets)
+    tokens = largest // patch_pixels(subject) ** 2 + text_tokens
+    parameters = task.parameters
+    estimate = estimate_memory(
+        task.model, parameters, config, tokens=tokens, dtype=task.place.dtype
+    )
+    size, free = global_batch(config, world), free_memory(device)
+    plan = TrainPlan(
+        trained=sum(parameter.numel() for parameter in parameters.values()),
+        steps=config.steps,
+        done=max(run.states(), default=0),
+        global_batch=size,
+        pictures=len(subject.dataset.items),
+        epochs=config.steps / subject.dataset.epoch(size),
+        estimate=estimate,
+        free=free,
+    )
+    for line in plan.lines():
+        say(line)
+    loaded = estimate.weights + sum(parameter.nbytes for parameter in parameters.values())
+    check_fits(estimate, min(loaded, estimate.total), free, config)

@@ -1,0 +1,324 @@
+"""Whole runs on a tiny model: what is trained, what comes out, when a run goes on."""
+
+import json
+import re
+from dataclasses import replace
+
+import pytest
+import torch
+from sd3_pack.sd3_core import lora
+from sd3_pack.sd3_core.checkpoints.header import read_header
+from sd3_pack.sd3_core.checkpoints.load import load_mmdit
+from sd3_pack.sd3_core.checkpoints.lora_files import read_lora
+from sd3_pack.sd3_core.errors import CheckpointError
+from sd3_pack.sd3_core.training.folders import Source
+from sd3_pack.sd3_core.training.run import RunRefused
+from sd3_pack.sd3_core.training.trainer import train
+from training_set import scratch, write_pictures, write_training_set
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A LoRA run of four steps; tests give it names of their own."""
+    return write_training_set(tmp_path_factory.mktemp("training"))
+
+
+@pytest.fixture
+def config(given, request):
+    return replace(given, run_name=re.sub(r"[^\w .-]", "_", request.node.name)[:90])
+
+
+class Stop(Exception):
+    pass
+
+
+def stop_after(step: int):
+    def on_step(progress):
+        if progress.step == step:
+            raise Stop
+
+    return on_step
+
+
+def losses(config) -> list[float]:
+    log = config.output / "sd3" / config.run_name / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line["loss"] for line in lines if "loss" in line]
+
+
+def run_files(config) -> dict[str, bytes]:
+    """States, log and samples of a run; products carry the moment they were written at."""
+    root = config.output / "sd3" / config.run_name
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in root.rglob("*")
+        if path.is_file() and path.parent.name in ("state", "samples") or path.name == "log.jsonl"
+    }
+
+
+def inputs(model):
+    torch.manual_seed(0)
+    size = model.config
+    return (
+        torch.randn(2, size.in_channels, 8, 6),
+        torch.tensor([100.0, 700.0]),
+        torch.randn(2, 9, size.context_dim),
+        torch.randn(2, size.pooled_dim),
+    )
+
+
+# What comes out
+
+
+def test_a_trained_lora_merged_equals_the_same_lora_attached(config):
+    outcome = train(config)
+    file = read_lora(outcome.product)
+    assert file.report.unmatched == ()
+    model = load_mmdit(config.checkpoint)
+    given = inputs(model)
+    with torch.no_grad():
+        base = model(*given)
+        with lora.attached(model, [(file.parts["mmdit"], 1.0)]):
+            attached = model(*given)
+        lora.merge(model, file.parts["mmdit"], 1.0)
+        merged = model(*given)
+    assert (attached - base).abs().max() > 1e-3  # it has learnt something
+    torch.testing.assert_close(merged, attached, rtol=1e-4, atol=1e-4)
+
+
+def test_a_fresh_lora_changes_nothing(config):
+    model = load_mmdit(config.checkpoint)
+    given = inputs(model)
+    with torch.no_grad():
+        base = model(*given)
+        lora.add(model, rank=4)
+        # adding zeros gives a tensor that lies elsewhere, and attention then sums in another order
+        torch.testing.assert_close(model(*given), base, rtol=0, atol=1e-5)
+
+
+def test_the_product_tells_what_it_is(config):
+    told = read_header(train(config).product).metadata
+    assert told["sd3_workbench.steps"] == "4"
+    assert told["sd3_workbench.training_shift"] == "1.0"
+    assert told["sd3_workbench.t5_length"] == "16"
+    assert told["ss_network_dim"] == "2"
+    assert told["ss_network_alpha"] == "2.0"
+    assert told["modelspec.architecture"].endswith("/lora")
+    assert len(told["sd3_workbench.data"]) == 64
+    assert str(config.output.parent) not in json.dumps(told)  # a name of a home may be in it
+    assert json.loads(told["sd3_workbench.training"])["learning_rate"] == 1e-2
+
+
+@pytest.mark.parametrize("dialect", ["comfy", "kohya", "diffusers"])
+def test_every_dialect_is_read_back_as_the_same_change(config, dialect):
+    outcome = train(replace(config, dialect=dialect, steps=2))
+    plain = train(replace(config, run_name=config.run_name + " plain", steps=2))
+    model = load_mmdit(config.checkpoint)
+    given = inputs(model)
+    results = []
+    for path in (outcome.product, plain.product):
+        file = read_lora(path)
+        with torch.no_grad(), lora.attached(model, [(file.parts["mmdit"], 1.0)]):
+            results.append(model(*given))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-4, atol=1e-4)
+
+
+def test_a_new_model_starts_at_the_power_of_the_velocity(config):
+    """Every block is the identity and the last layer zero: the loss is the mean of (eps - x0)^2."""
+    config = replace(scratch(config), validate_every=1, steps=1)
+    train(config)
+    log = config.output / "sd3" / config.run_name / "log.jsonl"
+    first = json.loads(log.read_text().splitlines()[0])
+    levels = [value for name, value in first.items() if name.startswith("validation_t")]
+    assert len(levels) == 8
+    assert max(levels) - min(levels) < 1e-5  # the same at every noise level
+    untrained = load_mmdit(log.parent / "state" / "untrained.safetensors")
+    assert untrained(*inputs(untrained)).abs().max() == 0
+
+
+def test_a_new_model_is_written_in_the_released_layout(config):
+    outcome = train(scratch(config))
+    header = read_header(outcome.product)
+    assert all(name.startswith("model.diffusion_model.") for name in header.tensors)
+    assert header.metadata["sd3_workbench.native_pixels"] == str(64 * 64)
+    model = load_mmdit(outcome.product)
+    assert model.config.qk_norm
+    assert model(*inputs(model)).abs().max() > 0
+
+
+def test_full_training_moves_every_weight(config):
+    outcome = train(replace(config, method="full", learning_rate=1e-3))
+    before, after = load_mmdit(config.checkpoint), load_mmdit(outcome.product)
+    still = [
+        name
+        for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True)
+        if torch.equal(old, new)
+    ]
+    assert still == []
+
+
+def test_qk_norm_can_be_added_to_a_model_without_it(config, tmp_path):
+    without = train(replace(scratch(config), qk_norm=False, steps=1)).product
+    name = config.run_name + " added"
+    added = replace(config, run_name=name, method="full", mmdit=without, qk_norm=True, steps=1)
+    model = load_mmdit(train(added).product)
+    assert model.config.qk_norm
+    # one step away from one
+    torch.testing.assert_close(
+        model.joint_blocks[0].x_block.attn.ln_q.weight, torch.ones(64), rtol=0, atol=0.02
+    )
+
+
+@pytest.mark.parametrize("objective", ["eps_linear", "v_cosine", "edm(-0.6, 1.2)"])
+def test_the_papers_baselines_train_and_draw(config, objective):
+    config = replace(
+        config,
+        objective=objective,
+        steps=2,
+        sample_every=2,
+        sample_prompts=("a red circle",),
+        sample_steps=2,
+    )
+    assert len(list((train(config).folder / "samples").iterdir())) == 2
+
+
+def test_sample_pictures_are_those_that_generate_draws(config):
+    """The product merged at generation gives the picture that the run drew at its last step."""
+    import numpy as np
+    from PIL import Image
+    from sd3_pack.sd3_core.generate import generate
+    from sd3_pack.sd3_core.settings import Files, Settings
+
+    config = replace(
+        config, sample_every=4, sample_prompts=("a red circle",), sample_steps=3, sample_seed=5
+    )
+    outcome = train(config)
+    drawn = np.asarray(Image.open(outcome.folder / "samples/step-000004-1.png")).astype(int)
+    files = Files(checkpoint=config.checkpoint, loras=((outcome.product, 1.0),))
+    settings = Settings("a red circle", width=64, height=64, steps=3, seed=5, device="cpu")
+    again = generate(files, settings).pixels[0].numpy().astype(int)
+    assert np.abs(drawn - again).max() <= 1  # attached and merged round differently
+
+
+# Going on
+
+
+def test_a_run_stopped_and_started_again_equals_the_unbroken_one_bit_for_bit(config):
+    """Across buckets, epochs, accumulation, dropout, averaged weights, validation and samples."""
+    config = replace(
+        config,
+        steps=9,  # more than two epochs
+        batch_size=1,
+        accumulation=2,
+        ema=0.9,
+        lora_dropout=0.2,
+        encoder_dropout=0.3,
+        caption_dropout=0.3,
+        stratified=True,
+        gradient_checkpointing=True,
+        validate_every=3,
+        validation_items=2,
+        sample_every=6,
+        sample_prompts=("a red circle",),
+        sample_steps=2,
+    )
+    whole = replace(config, run_name="unbroken")
+    train(whole)
+    for stop in (1, 4, 6):
+        with pytest.raises(Stop):
+            train(config, on_step=stop_after(stop))
+    train(config)
+    assert losses(config) == losses(whole)
+    assert run_files(config) == run_files(whole)
+
+
+def test_gradient_checkpointing_changes_no_bit(config):
+    train(config)
+    recomputed = replace(config, run_name=config.run_name + " 2", gradient_checkpointing=True)
+    train(recomputed)
+    assert losses(recomputed) == losses(config)
+
+
+def test_a_finished_run_is_returned_without_work(config, monkeypatch):
+    from sd3_pack.sd3_core.training import trainer
+
+    outcome = train(config)
+    monkeypatch.setattr(trainer, "model_cache", None)  # nothing may be encoded or loaded
+    monkeypatch.setattr(trainer, "load_mmdit", None)
+    notes = []
+    assert train(config, on_note=notes.append) == outcome
+    assert "is finished" in notes[-1]
+
+
+def test_a_finished_run_whose_product_was_deleted_writes_it_again(config):
+    product = train(config).product
+    written = read_lora(product).parts["mmdit"]
+    product.unlink()
+    again = read_lora(train(config).product).parts["mmdit"]
+    assert all(torch.equal(a.change.up, b.change.up) for a, b in zip(written, again, strict=True))
+
+
+def test_more_steps_extend_a_run(config):
+    train(config)
+    train(replace(config, steps=6))
+    whole = replace(config, run_name=config.run_name + " whole", steps=6)
+    train(whole)
+    assert losses(replace(config, steps=6)) == losses(whole)
+
+
+def test_any_other_difference_stops_with_the_list_of_what_differs(config, tmp_path):
+    train(config)
+    with pytest.raises(RunRefused) as error:
+        train(replace(config, rank=3, learning_rate=5e-3, steps=3))
+    text = str(error.value)
+    assert "rank: 2 -> 3" in text
+    assert "learning_rate: 0.01 -> 0.005" in text
+    assert "steps: 4 -> 3" in text
+    pictures = write_pictures(tmp_path / "others", 5)
+    with pytest.raises(RunRefused, match="pictures and captions"):
+        train(replace(config, data=(Source(pictures),)))
+
+
+def test_the_same_run_may_divide_its_batch_otherwise_and_move(config, tmp_path):
+    first = replace(config, steps=2)
+    train(first)
+    moved = tmp_path / "moved"
+    moved.symlink_to(config.data[0].path, target_is_directory=True)
+    train(replace(config, batch_size=1, accumulation=2, data=(Source(moved),)))
+    with pytest.raises(RunRefused, match="samples of a step: 2 -> 3"):
+        train(replace(config, batch_size=3))
+
+
+# Refusals
+
+
+def test_a_run_that_cannot_fit_is_refused_with_advice(config, monkeypatch):
+    from sd3_pack.sd3_core.training import trainer
+
+    monkeypatch.setattr(trainer, "free_memory", lambda device: 1000.0)
+    with pytest.raises(ValueError, match="gradient_checkpointing = true.*check_memory = false"):
+        train(config)
+    train(replace(config, check_memory=False))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"data": ()}, "data is missing"),
+        ({"checkpoint": None}, "no mmdit and no vae"),
+        ({"lora_blocks": (7,)}, "no layer of"),
+        ({"objective": "flow"}, "objective is 'flow'"),
+        ({"density": "mode(9)"}, "mode"),
+        ({"bucket_step": 12}, "bucket_step"),
+        ({"run_name": "../elsewhere"}, "run_name"),
+        ({"device": "cuda:99"}, "device"),
+    ],
+)
+def test_what_cannot_work_is_refused(config, change, message):
+    with pytest.raises(ValueError, match=message):
+        train(replace(config, **change))
+
+
+def test_a_missing_file_is_named(config, tmp_path):
+    with pytest.raises(CheckpointError, match="missing.safetensors"):
+        train(replace(config, checkpoint=tmp_path / "missing.safetensors"))
