@@ -121,6 +121,9 @@ def test_one_failed_stage_fails_the_whole_and_is_named(dev, pip_calls, monkeypat
 
 
 def test_the_demo_makes_a_picture_and_says_where(dev, pip_calls, monkeypatch, tmp_path, capsys):
+    for name in ("pytest", "diffusers"):  # a demo's environment has neither
+        (tmp_path / f"{name}.py").write_text("raise ImportError(__name__)")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(dev, "PICTURE", tmp_path / "demo.png")
     monkeypatch.setattr(dev, "DEMO_MODEL", tmp_path / "model.safetensors")
     assert dev.main(["demo", "a", "red", "circle"]) == 0
