@@ -1,0 +1,37 @@
+"""The nodes: thin wrappers that let ComfyUI use sd3_core on its own sockets."""
+
+import os
+from typing import Any
+
+from comfy_api.latest import ComfyExtension
+
+from .latents import SD3EmptyLatent, SD3VAEDecode, SD3VAEEncode
+from .loaders import SD3LoadCheckpoint, SD3LoadMMDiT, SD3LoadTextEncoders, SD3LoadVAE
+from .lora import SD3LoadLoRA
+from .sampling import SD3Sample, SD3ShiftSchedule
+from .text import SD3EncodePrompt
+
+NODES: list[Any] = [
+    SD3LoadCheckpoint,
+    SD3LoadMMDiT,
+    SD3LoadTextEncoders,
+    SD3LoadVAE,
+    SD3LoadLoRA,
+    SD3EncodePrompt,
+    SD3EmptyLatent,
+    SD3ShiftSchedule,
+    SD3Sample,
+    SD3VAEDecode,
+    SD3VAEEncode,
+]
+TRAINING_NODES: list[Any] = []  # those that train or write files: left out where that is forbidden
+
+
+def training_allowed() -> bool:
+    """SD3_WORKBENCH_NO_TRAINING set to anything but 0 forbids it, say on a shared server."""
+    return os.environ.get("SD3_WORKBENCH_NO_TRAINING", "") in ("", "0")
+
+
+class SD3Extension(ComfyExtension):
+    async def get_node_list(self) -> list[Any]:
+        return [*NODES, *(TRAINING_NODES if training_allowed() else [])]

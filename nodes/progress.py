@@ -1,0 +1,56 @@
+"""The core's on_step -> ComfyUI's progress bar, preview and interruption; time and memory spent."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import comfy.model_management
+import torch
+
+from ..sd3_core.precision import check_finite
+from ..sd3_core.samplers import OnStep, Step
+
+Callback = Callable[[dict[str, Any]], None]  # what comfy.samplers.KSAMPLER is told of a step
+
+
+def step_reporter(callback: Callback | None, dtype: torch.dtype) -> OnStep:
+    """Stop where the user interrupts or the network overflows, else report.
+
+    dtype: of the network, for the message about an overflow.
+    """
+
+    def on_step(step: Step) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if step.index == 0:
+            check_finite(step.x0, "the MMDiT's first step", dtype)
+        if callback is not None:
+            callback(as_comfyui(step))
+
+    return on_step
+
+
+def as_comfyui(step: Step) -> dict[str, Any]:
+    return {
+        "i": step.index,
+        "denoised": step.x0,
+        "x": step.x0,
+        "sigma": step.sigma,
+        "sigma_hat": step.sigma,
+    }
+
+
+class Meter:
+    """Seconds, and on CUDA the most memory held, since it was made."""
+
+    def __init__(self, device: Any):
+        self.device = torch.device(device)
+        self.start = time.perf_counter()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.device)
+
+    def reading(self) -> dict[str, float | None]:
+        peak = None
+        if self.device.type == "cuda":
+            peak = round(torch.cuda.max_memory_allocated(self.device) / 2**20)
+        seconds = round(time.perf_counter() - self.start, 3)
+        return {"seconds": seconds, "peak_memory_mib": peak}

@@ -1,0 +1,460 @@
+"""SIGMAS, and the sampler: sd3_core's schedule, steps, guidance and noise on ComfyUI's MODEL.
+
+The network is only ever called by ComfyUI, so patches, hooks, ControlNets, areas, masks and timed
+prompts act as in KSampler; what comes back, x0, is turned into the velocity that sd3_core walks.
+"""
+
+import copy
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import comfy.model_management
+import comfy.model_patcher
+import comfy.samplers
+import comfy.utils
+import latent_preview
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..sd3_core.guidance import SkipLayers, check_layers, skip_layer_guidance
+from ..sd3_core.noise import noise
+from ..sd3_core.presets import MEGAPIXEL
+from ..sd3_core.samplers import SAMPLERS
+from ..sd3_core.schedule import (
+    ALWAYS,
+    SCHEDULERS,
+    Schedule,
+    Window,
+    auto_shift,
+    log_snr,
+    per_image,
+)
+from ._compat import advanced, fix_empty_latent, intermediate_dtype, schema
+from .errors import NodeError, coded
+from .progress import Callback, Meter, check_finite, step_reporter
+from .wires import (
+    CATEGORY,
+    LATENT_FACTOR,
+    NATIVE_PIXELS,
+    check_conditioning,
+    check_latents,
+    finite_list,
+    mark_shift,
+    origin_of,
+    report,
+    shift_of,
+    widths_of,
+    without_ratios,
+)
+
+MOST_LOG_SNR = 20.0  # drawn instead of infinity
+
+
+class SD3ShiftSchedule(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            {
+                "node_id": "SD3ShiftSchedule",
+                "display_name": "SD3 Shift Schedule",
+                "category": f"{CATEGORY}/sampling",
+                "description": "The noise levels of a run. A larger shift spends more steps at "
+                "high noise, where the picture's layout is decided.",
+                "search_aliases": ["scheduler", "sigmas", "shift", "basic scheduler", "timesteps"],
+                "inputs": [
+                    io.Int.Input(
+                        "steps", default=28, min=1, max=10000, tooltip="Calls of the model."
+                    ),
+                    io.Float.Input(
+                        "shift",
+                        default=3.0,
+                        min=0.01,
+                        max=100.0,
+                        step=0.01,
+                        tooltip="3 for the released models at one megapixel; 1 is no shift.",
+                    ),
+                    io.Combo.Input(
+                        "scheduler",
+                        options=list(SCHEDULERS),
+                        default="normal",
+                        tooltip="How the levels are spread; normal is Stability's.",
+                    ),
+                    io.Float.Input(
+                        "denoise",
+                        default=1.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Part of the path that is walked: 1 draws anew, less keeps more of "
+                        "the latent it starts from.",
+                    ),
+                    *advanced(
+                        [
+                            io.Boolean.Input(
+                                "auto_shift",
+                                default=False,
+                                optional=True,
+                                tooltip="Adapt the shift to the size of the connected latent: "
+                                "shift * sqrt(its pixels / the model's).",
+                            ),
+                            io.Latent.Input(
+                                "latent", optional=True, tooltip="Tells auto_shift the size."
+                            ),
+                        ]
+                    ),
+                ],
+                "outputs": [io.Sigmas.Output(tooltip="For SD3 Sample or SamplerCustomAdvanced.")],
+            }
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        steps: int,
+        shift: float,
+        scheduler: str,
+        denoise: float,
+        auto_shift: bool = False,
+        latent: dict[str, Any] | None = None,
+    ) -> io.NodeOutput:
+        with coded("bad_setting"):
+            used = adapted_shift(shift, latent) if auto_shift else shift
+            sigmas = Schedule(used).sigmas(steps, scheduler, denoise)
+        contents = {
+            "shift": used,
+            "sigmas": finite_list(sigmas, 1.0),
+            "log_snr": finite_list(log_snr(sigmas), MOST_LOG_SNR),
+        }
+        return io.NodeOutput(mark_shift(sigmas, used), ui=report(contents))
+
+
+def adapted_shift(shift: float, latent: dict[str, Any] | None) -> float:
+    """Raises ValueError without a latent."""
+    if latent is None:
+        raise ValueError(
+            "auto_shift needs the size of the picture: connect a latent, or turn it off."
+        )
+    height, width = latent["samples"].shape[-2:]
+    native = latent.get(NATIVE_PIXELS, MEGAPIXEL)
+    return auto_shift(shift, native, height * width * LATENT_FACTOR**2)
+
+
+# Guidance
+
+
+class SD3Guider(comfy.samplers.CFGGuider):
+    """Classifier-free guidance inside a window, skip-layer guidance inside another."""
+
+    def __init__(self, model: Any, window: Window = ALWAYS, skip: SkipLayers | None = None):
+        super().__init__(model)
+        self.window, self.skip = window, skip
+
+    def predict_noise(
+        self,
+        x: Tensor,
+        timestep: Tensor,
+        model_options: dict[str, Any] | None = None,
+        seed: int | None = None,
+    ) -> Tensor:
+        """x: [B, C, H, W]; timestep: sigma [B].  Returns x0, whatever ComfyUI calls it."""
+        level = float(timestep[0])
+        options = dict(model_options or {})
+        if self.skip is not None and self.skip.active(level):
+            after = options.get("sampler_post_cfg_function", [])
+            options["sampler_post_cfg_function"] = [*after, partial(guide_by_skipping, self.skip)]
+        return comfy.samplers.sampling_function(
+            self.inner_model,
+            x,
+            timestep,
+            self.conds.get("negative"),
+            self.conds.get("positive"),
+            self.cfg if level in self.window else 1.0,
+            model_options=options,
+            seed=seed,
+        )
+
+
+def guide_by_skipping(skip: SkipLayers, run: dict[str, Any]) -> Tensor:
+    """The guided x0 of a step, moved away from what the network says without some blocks."""
+    options = dict(run["model_options"])
+    for layer in skip.layers:
+        options = comfy.model_patcher.set_model_options_patch_replace(
+            options, leave_out, "dit", "double_block", layer
+        )
+    (skipped,) = comfy.samplers.calc_cond_batch(
+        run["model"], [run["cond"]], run["input"], run["sigma"], options
+    )
+    return skip_layer_guidance(run["denoised"], run["cond_denoised"], skipped, skip.scale)
+
+
+def leave_out(arguments: dict[str, Any], block: dict[str, Callable[..., Any]]) -> dict[str, Any]:
+    """In place of a block: its input, unchanged."""
+    return arguments
+
+
+# Steps
+
+
+def walk(
+    name: str,
+    dtype: torch.dtype,
+    model: Callable[..., Tensor],
+    x: Tensor,
+    sigmas: Tensor,
+    extra_args: dict[str, Any],
+    callback: Callback | None = None,
+    disable: bool | None = None,
+) -> Tensor:
+    """One of sd3_core's samplers by the call that comfy.samplers.KSAMPLER makes."""
+
+    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        return (x - model(x, sigma, **extra_args)) / per_image(sigma, x)
+
+    return SAMPLERS[name](velocity, x, sigmas, step_reporter(callback, dtype))
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run with nothing left to decide."""
+
+    model: Any  # MODEL with the shift of the sigmas
+    guider: SD3Guider
+    sampler: Any  # SAMPLER
+    shift: float
+    dtype: torch.dtype  # of the computation
+    notes: tuple[str, ...]
+
+
+def with_shift_of(sigmas: Tensor, model: Any) -> tuple[Any, float, tuple[str, ...]]:
+    """The MODEL whose percents are counted with the shift that the SIGMAS were made with.
+
+    Returns it, the shift, and a note where the two disagreed.
+    """
+    own = model.get_model_object("model_sampling")
+    own_shift = float(getattr(own, "shift", 3.0))
+    given = shift_of(sigmas)
+    if given is None or math.isclose(given, own_shift, rel_tol=1e-6):
+        return model, own_shift, ()
+    sampling = copy.deepcopy(own)
+    sampling.set_parameters(shift=given, multiplier=sampling.multiplier)
+    shifted = model.clone()
+    shifted.add_object_patch("model_sampling", sampling)
+    note = (
+        f"The sigmas were made with shift {given:g}, the model is set to {own_shift:g}: the sigmas "
+        "decide, and percents of the run are counted with theirs."
+    )
+    return shifted, given, (note,)
+
+
+def parse_layers(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text))
+
+
+class SD3Sample(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            {
+                "node_id": "SD3Sample",
+                "display_name": "SD3 Sample",
+                "category": f"{CATEGORY}/sampling",
+                "description": "Draw: from noise to a clean latent along the rectified flow. Takes "
+                "any SD3 MODEL; patches, LoRAs, ControlNets, areas and masks act as in KSampler.",
+                "search_aliases": ["ksampler", "sampler", "sample", "generate", "skip layer"],
+                "inputs": [
+                    io.Model.Input("model", tooltip="The denoiser: ours or ComfyUI's SD3."),
+                    io.Conditioning.Input("positive", tooltip="What the picture shows."),
+                    io.Conditioning.Input("negative", tooltip="What to steer away from."),
+                    io.Latent.Input(
+                        "latent_image",
+                        tooltip="What to draw on: empty, or an encoded picture (with its mask).",
+                    ),
+                    io.Sigmas.Input("sigmas", tooltip="The noise levels: SD3 Shift Schedule."),
+                    io.Int.Input(
+                        "seed",
+                        default=0,
+                        min=0,
+                        max=2**64 - 1,
+                        control_after_generate=True,
+                        tooltip="Which noise to start from; the same noise as KSampler's.",
+                    ),
+                    io.Float.Input(
+                        "cfg",
+                        default=4.5,
+                        min=0.0,
+                        max=100.0,
+                        step=0.1,
+                        tooltip="How strongly the prompt counts. 1 leaves the negative prompt out "
+                        "and halves the time; Turbo models take 1.",
+                    ),
+                    io.Combo.Input(
+                        "sampler_name",
+                        options=list(SAMPLERS),
+                        default="dpmpp_2m",
+                        tooltip="How to walk: euler is plainest, dpmpp_2m needs fewer steps, heun "
+                        "calls the model twice a step.",
+                    ),
+                    *advanced(skip_and_window_inputs()),
+                ],
+                "outputs": [io.Latent.Output(tooltip="The clean latent, for SD3 VAE Decode.")],
+            }
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        positive: Any,
+        negative: Any,
+        latent_image: dict[str, Any],
+        sigmas: Tensor,
+        seed: int,
+        cfg: float,
+        sampler_name: str,
+        slg_scale: float = 0.0,
+        slg_layers: str = "7, 8, 9",
+        slg_start_percent: float = 0.01,
+        slg_end_percent: float = 0.2,
+        cfg_start_percent: float = 0.0,
+        cfg_end_percent: float = 1.0,
+    ) -> io.NodeOutput:
+        skip_span, cfg_span = (
+            (slg_start_percent, slg_end_percent),
+            (
+                cfg_start_percent,
+                cfg_end_percent,
+            ),
+        )
+        samples = check_inputs(model, positive, negative, latent_image)
+        with coded("bad_setting"):
+            layers = parse_layers(slg_layers) if slg_scale else ()
+            run = prepare(model, sigmas, sampler_name, cfg_span, layers, slg_scale, skip_span)
+            start_noise = noise(samples.shape, seed, latent_image.get("batch_index"))
+        run.guider.set_conds(positive, negative)
+        run.guider.set_cfg(cfg)
+        meter = Meter(run.model.load_device)
+        x0 = draw(run, samples, start_noise, latent_image.get("noise_mask"), sigmas, seed)
+        contents = {
+            "sampler": sampler_name,
+            "seed": seed,
+            "cfg": cfg,
+            "cfg_percent": list(cfg_span),
+            "skip_layers": {"scale": slg_scale, "layers": layers, "percent": list(skip_span)},
+            "shift": run.shift,
+            "sigmas": finite_list(sigmas, 1e6),
+            "latent": list(x0.shape),
+            "dtype": str(run.dtype).removeprefix("torch."),
+            "files": origin_of(model).files,
+            "loras": list(origin_of(model).loras),
+            "notes": list(run.notes),
+            **meter.reading(),
+        }
+        return io.NodeOutput({**without_ratios(latent_image), "samples": x0}, ui=report(contents))
+
+
+def skip_and_window_inputs() -> list[Any]:
+    percent = {"min": 0.0, "max": 1.0, "step": 0.001, "optional": True}
+    return [
+        io.Float.Input(
+            "slg_scale",
+            default=0.0,
+            min=0.0,
+            max=10.0,
+            step=0.1,
+            optional=True,
+            tooltip="Skip-layer guidance: away from what the model draws without some of its "
+            "blocks. 0 is off; 2.5 with cfg 4 for SD3.5 Medium.",
+        ),
+        io.String.Input(
+            "slg_layers",
+            default="7, 8, 9",
+            optional=True,
+            tooltip="The blocks that are left out, counted from 0.",
+        ),
+        io.Float.Input(
+            "slg_start_percent",
+            default=0.01,
+            tooltip="Part of the run after which skip-layer guidance begins.",
+            **percent,
+        ),
+        io.Float.Input(
+            "slg_end_percent",
+            default=0.2,
+            tooltip="Part of the run after which skip-layer guidance ends.",
+            **percent,
+        ),
+        io.Float.Input(
+            "cfg_start_percent",
+            default=0.0,
+            tooltip="Part of the run after which cfg begins; before, the prompt counts alone.",
+            **percent,
+        ),
+        io.Float.Input(
+            "cfg_end_percent",
+            default=1.0,
+            tooltip="Part of the run after which cfg ends; ending early saves time.",
+            **percent,
+        ),
+    ]
+
+
+def check_inputs(model: Any, positive: Any, negative: Any, latent: dict[str, Any]) -> Tensor:
+    """All that can be told before the long work.  Returns the samples [B, C, H, W]."""
+    widths = widths_of(model)
+    check_conditioning("positive", positive, widths)
+    check_conditioning("negative", negative, widths)
+    samples = fix_empty_latent(model, latent)
+    check_latents(samples, widths)
+    return samples
+
+
+def prepare(
+    model: Any,
+    sigmas: Tensor,
+    sampler_name: str,
+    cfg_span: tuple[float, float],
+    layers: tuple[int, ...],
+    slg_scale: float,
+    skip_span: tuple[float, float],
+) -> Run:
+    """Raises ValueError for settings that cannot be."""
+    if sampler_name not in SAMPLERS:
+        raise NodeError("bad_setting", f"sampler_name is {sampler_name!r}: {', '.join(SAMPLERS)}.")
+    shifted, shift, notes = with_shift_of(sigmas, model)
+    schedule = Schedule(shift)
+    check_layers(layers, len(model.model.diffusion_model.joint_blocks))
+    skip = SkipLayers(layers, slg_scale, schedule.window(*skip_span)) if slg_scale else None
+    dtype = model.model.get_dtype_inference()
+    return Run(
+        model=shifted,
+        guider=SD3Guider(shifted, schedule.window(*cfg_span), skip),
+        sampler=comfy.samplers.KSAMPLER(partial(walk, sampler_name, dtype)),
+        shift=shift,
+        dtype=dtype,
+        notes=notes,
+    )
+
+
+def draw(
+    run: Run, samples: Tensor, start_noise: Tensor, mask: Tensor | None, sigmas: Tensor, seed: int
+) -> Tensor:
+    """From noise to the clean latent [B, C, H, W] in VAE space.  Raises NodeError on overflow."""
+    callback = latent_preview.prepare_callback(run.model, len(sigmas) - 1)
+    with coded("bad_setting"):
+        x0 = run.guider.sample(
+            start_noise.to(samples.dtype),
+            samples,
+            run.sampler,
+            sigmas,
+            denoise_mask=mask,
+            callback=callback,
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            seed=seed,
+        )
+        check_finite(x0, "the MMDiT", run.dtype)
+    return x0.to(comfy.model_management.intermediate_device(), intermediate_dtype())

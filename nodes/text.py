@@ -1,0 +1,265 @@
+"""Prompt -> CONDITIONING."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..sd3_core.settings import RELEASED_WINDOW
+from ..sd3_core.text.encoders import ENCODERS, TITLES
+from ._compat import advanced, schema
+from .comfy_text import KEYS, MODULES, RELEASED_CONTEXT, RELEASED_POOLED, SD3TextModel
+from .errors import NodeError, coded
+from .wires import CATEGORY, origin_of, report
+
+RELEASED_CLIP_L = 768  # width of CLIP-L, which ComfyUI's own SD3 CLIP does not tell
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one of the encoders' CLIP makes: ours of any width, or ComfyUI's own."""
+
+    context: int
+    pooled: int
+    window: int
+    clip_l: int  # channels of CLIP-L, in the context and in the pooled vector
+    ours: bool
+
+    @staticmethod
+    def of(model: Any) -> "Shape":
+        if not isinstance(model, SD3TextModel):
+            return Shape(
+                RELEASED_CONTEXT, RELEASED_POOLED, RELEASED_WINDOW, RELEASED_CLIP_L, ours=False
+            )
+        right = model.clip_g.transformer.config.pooled_dim if model.clip_g is not None else 0
+        return Shape(
+            model.context_dim, model.pooled_dim, model.window, model.pooled_dim - right, ours=True
+        )
+
+
+@dataclass(frozen=True)
+class Words:
+    """A prompt as ComfyUI's tokens, each encoder's own."""
+
+    tokens: dict[str, Any]
+    counts: dict[str, int]  # as EncodedPrompt.tokens
+    notes: tuple[str, ...]
+
+
+def check_clip(clip: Any) -> None:
+    """Raises NodeError unless it is a CLIP of Stable Diffusion 3."""
+    if clip is None:
+        raise NodeError(
+            "missing_encoder",
+            "no CLIP arrived: the checkpoint has no text encoders. Load them with SD3 Load Text "
+            "Encoders.",
+        )
+    model = clip.cond_stage_model
+    if not all(hasattr(model, name) for name in MODULES.values()):
+        raise NodeError(
+            "wrong_encoders",
+            f"this CLIP is a {type(model).__name__}, not that of Stable Diffusion 3 (CLIP-L, "
+            "CLIP-G and T5). Load it with SD3 Load Text Encoders or TripleCLIPLoader.",
+        )
+
+
+def present(clip: Any) -> list[str]:
+    return [kind for kind in ENCODERS if getattr(clip.cond_stage_model, MODULES[kind]) is not None]
+
+
+def tokenize(clip: Any, texts: Mapping[str, str], least: int) -> Words:
+    """texts: by encoder.  least: T5's least number of tokens."""
+    shape = Shape.of(clip.cond_stage_model)
+    options = {"t5xxl_min_length": least}
+    read = {
+        text: clip.tokenize(text, return_word_ids=True, tokenizer_options=options)
+        for text in {*texts.values(), ""}
+    }
+    rows = {kind: list(read[texts[kind]][key]) for kind, key in KEYS.items()}
+    windows = max(len(rows["clip_l"]), len(rows["clip_g"]))
+    for kind in ("clip_l", "clip_g"):
+        rows[kind] += read[""][KEYS[kind]] * (windows - len(rows[kind]))
+    real = {kind: sum(entry[2] > 0 for row in rows[kind] for entry in row) for kind in ENCODERS}
+    length = sum(len(row) for row in rows["t5"])
+    return Words(
+        tokens={key: [[entry[:2] for entry in row] for row in rows[k]] for k, key in KEYS.items()},
+        counts={**real, "clip_windows": windows, "t5_length": length},
+        notes=tuple(notes_on_length(clip, real, windows, length, least, shape.window)),
+    )
+
+
+def notes_on_length(
+    clip: Any, real: Mapping[str, int], windows: int, length: int, least: int, window: int
+) -> list[str]:
+    notes = []
+    there = present(clip)
+    if windows > 1 and ("clip_l" in there or "clip_g" in there):
+        notes.append(
+            f"CLIP read {max(real['clip_l'], real['clip_g'])} tokens in {windows} windows of "
+            f"{window}; its pooled vector comes from the first."
+        )
+    if length > least and "t5" in there:
+        notes.append(f"T5 read {real['t5']} tokens: its part grew from {least} to {length} rows.")
+    return notes
+
+
+def encode(clip: Any, words: Words, use: list[str]) -> list[list[Any]]:
+    """CONDITIONING in which every encoder that is missing or off left zeros of normal length."""
+    shape = Shape.of(clip.cond_stage_model)
+    there = present(clip)
+    # Ours leave out what is None; ComfyUI's own run it, and it is blanked afterwards.
+    run = [kind for kind in there if kind in use] if shape.ours else there
+    tokens = {
+        key: words.tokens[key] if kind in run or not shape.ours else None
+        for kind, key in KEYS.items()
+    }
+    clip_rows = words.counts["clip_windows"] * shape.window
+    conditioning = []
+    for context, extra in clip.encode_from_tokens_scheduled(tokens):
+        clips = context[:, :clip_rows] if {"clip_l", "clip_g"} & set(run) else None
+        t5 = context[:, -words.counts["t5_length"] :] if "t5" in run else None
+        context = torch.cat(
+            [
+                zeros_unless(clips, context, clip_rows, shape.context),
+                zeros_unless(t5, context, words.counts["t5_length"], shape.context),
+            ],
+            dim=1,
+        )
+        pooled = extra["pooled_output"].clone()
+        blank(context, pooled, [kind for kind in run if kind not in use], clip_rows, shape)
+        conditioning.append([context, {**extra, "pooled_output": pooled}])
+    return conditioning
+
+
+def zeros_unless(part: Tensor | None, like: Tensor, rows: int, width: int) -> Tensor:
+    return like.new_zeros(like.shape[0], rows, width) if part is None else part
+
+
+def blank(context: Tensor, pooled: Tensor, off: list[str], clip_rows: int, shape: Shape) -> None:
+    """Zeros, in place, where an encoder that is off has written."""
+    if "clip_l" in off:
+        context[:, :clip_rows, : shape.clip_l] = 0
+        pooled[:, : shape.clip_l] = 0
+    if "clip_g" in off:
+        context[:, :clip_rows, shape.clip_l :] = 0
+        pooled[:, shape.clip_l :] = 0
+    if "t5" in off:
+        context[:, clip_rows:] = 0
+
+
+def notes_on_encoders(clip: Any, use: list[str]) -> list[str]:
+    there = present(clip)
+    notes = [
+        f"{TITLES[kind]} is {'off' if kind in there else 'not loaded'}: zeros stand in its place."
+        for kind in ENCODERS
+        if kind not in there or kind not in use
+    ]
+    nothing = not set(there) & set(use)
+    return [*notes, "No encoder is on: this is the picture of no prompt."] if nothing else notes
+
+
+def prompt_input(name: str, tooltip: str, optional: bool = False) -> Any:
+    return io.String.Input(
+        name,
+        multiline=True,
+        dynamic_prompts=True,
+        default="",
+        optional=optional,
+        tooltip=tooltip,
+    )
+
+
+def switch_input(name: str, title: str) -> Any:
+    return io.Boolean.Input(
+        name,
+        default=True,
+        optional=True,
+        tooltip=f"Off: {title} leaves zeros, as the model met it in training.",
+    )
+
+
+class SD3EncodePrompt(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            {
+                "node_id": "SD3EncodePrompt",
+                "display_name": "SD3 Encode Prompt",
+                "category": f"{CATEGORY}/text",
+                "description": "Prompt and negative prompt for SD3, with the tokens that each "
+                "encoder read. (word:1.2) weighs a word, embedding:name inserts an embedding.",
+                "search_aliases": ["prompt", "clip text encode", "text encode", "t5", "negative"],
+                "inputs": [
+                    io.Clip.Input("clip", tooltip="The text encoders: ours, or ComfyUI's for SD3."),
+                    prompt_input("prompt", "What the picture shows, for all three encoders."),
+                    prompt_input("negative", "What to steer away from; counts only at cfg > 1."),
+                    *advanced(
+                        [
+                            prompt_input(
+                                "prompt_clip_g", "Another text for CLIP-G. Empty: the prompt.", True
+                            ),
+                            prompt_input(
+                                "prompt_t5", "Another text for T5. Empty: the prompt.", True
+                            ),
+                            switch_input("use_clip_l", "CLIP-L"),
+                            switch_input("use_clip_g", "CLIP-G"),
+                            switch_input("use_t5", "T5"),
+                            io.Int.Input(
+                                "t5_length",
+                                default=0,
+                                min=0,
+                                max=4096,
+                                optional=True,
+                                tooltip="T5's least number of tokens. 0: 77, as in training. Long "
+                                "prompts are never cut.",
+                            ),
+                        ]
+                    ),
+                ],
+                "outputs": [
+                    io.Conditioning.Output(display_name="positive", tooltip="Of the prompt."),
+                    io.Conditioning.Output(
+                        display_name="negative", tooltip="Of the negative prompt."
+                    ),
+                ],
+            }
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        clip: Any,
+        prompt: str,
+        negative: str,
+        prompt_clip_g: str = "",
+        prompt_t5: str = "",
+        use_clip_l: bool = True,
+        use_clip_g: bool = True,
+        use_t5: bool = True,
+        t5_length: int = 0,
+    ) -> io.NodeOutput:
+        check_clip(clip)
+        switches = zip(ENCODERS, (use_clip_l, use_clip_g, use_t5), strict=True)
+        use = [kind for kind, on in switches if on]
+        least = t5_length or Shape.of(clip.cond_stage_model).window
+        texts = {"clip_l": prompt, "clip_g": prompt_clip_g or prompt, "t5": prompt_t5 or prompt}
+        with coded("bad_setting"):
+            positive_words = tokenize(clip, texts, least)
+            negative_words = tokenize(clip, dict.fromkeys(ENCODERS, negative), least)
+        contents = {
+            "positive": {"tokens": positive_words.counts, "notes": list(positive_words.notes)},
+            "negative": {"tokens": negative_words.counts, "notes": list(negative_words.notes)},
+            "window": Shape.of(clip.cond_stage_model).window,
+            "use": use,
+            "loaded": present(clip),
+            "notes": notes_on_encoders(clip, use),
+            "files": origin_of(clip.patcher).files,
+        }
+        return io.NodeOutput(
+            encode(clip, positive_words, use),
+            encode(clip, negative_words, use),
+            ui=report(contents),
+        )

@@ -1,0 +1,233 @@
+"""Our CLIP in ComfyUI's text nodes, beside ComfyUI's own network on the same weights."""
+
+import functools
+
+import comfy.clip_model
+import comfy.lora
+import comfy.sd
+import comfy.text_encoders.sd3_clip
+import comfy.utils
+import pytest
+import torch
+from comfy_extras.nodes_sd3 import CLIPTextEncodeSD3
+from sd3_pack.nodes.errors import NodeError
+from sd3_pack.nodes.loaders import load_clip
+from sd3_pack.nodes.text import SD3EncodePrompt
+from sd3_pack.sd3_core.checkpoints.layouts import find_components
+from sd3_pack.sd3_core.generate import encode_prompts
+from sd3_pack.sd3_core.settings import Files, Settings, make_plan
+from tiny_tokenizers import clip_vocabulary
+
+import nodes
+
+ENCODERS = ("clip_l", "clip_g", "t5")
+TOLERANCE = {"atol": 5e-5, "rtol": 0}  # golden README: conditioning
+PROMPT = "a red (circle:1.3) on a blue square"
+
+
+def clip_of(file, kinds=ENCODERS):
+    parts = find_components(file)
+    return load_clip({kind: parts[kind] for kind in kinds}, "auto")
+
+
+@pytest.fixture(scope="module")
+def our_clip(wide):
+    with torch.inference_mode():
+        return clip_of(wide)
+
+
+def their_clip(wide, ours, kinds=ENCODERS):
+    """ComfyUI's SD3 text encoders with the same weights, behind our tokenizer's tiny vocabulary."""
+    sizes = {
+        "clip_l_model_config": {"num_hidden_layers": 3, "intermediate_size": 64},
+        "clip_g_model_config": {"num_hidden_layers": 3, "intermediate_size": 64},
+        "t5xxl_model_config": {
+            "num_layers": 2,
+            "d_ff": 64,
+            "num_heads": 2,
+            "vocab_size": ours.cond_stage_model.t5xxl.transformer.config.vocab_size,
+        },
+    }
+    make = comfy.text_encoders.sd3_clip.sd3_clip(
+        **{kind: kind in kinds for kind in ENCODERS}, dtype_t5=torch.float32
+    )
+
+    class Target:
+        params = {}
+        clip = functools.partial(make)
+        tokenizer = staticmethod(lambda embedding_directory, tokenizer_data: ours.tokenizer)
+
+    clip = comfy.sd.CLIP(Target, model_options={**sizes, "dtype": torch.float32})
+    state = comfy.utils.load_torch_file(str(wide))
+    state = {k.removeprefix("text_encoders."): v for k, v in state.items()}
+    missing, _ = clip.cond_stage_model.load_state_dict(state, strict=False)
+    assert all("logit_scale" in m or "clip_l.transformer.text_projection" in m for m in missing)
+    for name in ("clip_l", "clip_g"):  # the numbers of the released vocabulary, hard-coded there
+        if name in kinds:
+            our_encoder = getattr(ours.cond_stage_model, name)
+            getattr(clip.cond_stage_model, name).special_tokens = our_encoder.special_tokens
+    return clip
+
+
+@pytest.fixture(scope="module")
+def native(wide, our_clip):
+    """native(kinds) -> ComfyUI's CLIP of these encoders."""
+    small = functools.partial(comfy.clip_model.CLIPEmbeddings, vocab_size=len(clip_vocabulary()))
+    with pytest.MonkeyPatch.context() as patch, torch.inference_mode():
+        patch.setattr(comfy.clip_model, "CLIPEmbeddings", small)
+        yield functools.lru_cache(functools.partial(their_clip, wide, our_clip))
+
+
+def same(ours, theirs):
+    assert len(ours) == len(theirs)
+    for (context, extra), (their_context, their_extra) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(context, their_context, **TOLERANCE)
+        torch.testing.assert_close(
+            extra["pooled_output"], their_extra["pooled_output"], **TOLERANCE
+        )
+
+
+@pytest.mark.parametrize("prompt", [PROMPT, "", "red circle " * 60, "(red:0) [a] \\(b\\)"])
+def test_clip_text_encode_gives_what_the_native_encoders_give(our_clip, native, prompt):
+    ours = nodes.CLIPTextEncode().encode(our_clip, prompt)[0]
+    same(ours, nodes.CLIPTextEncode().encode(native(), prompt)[0])
+
+
+@pytest.mark.parametrize("kinds", [("clip_l",), ("clip_g",), ("t5",), ("clip_l", "t5")])
+def test_missing_encoders_are_left_out_as_natively(wide, native, kinds):
+    ours = nodes.CLIPTextEncode().encode(clip_of(wide, kinds), PROMPT)[0]
+    same(ours, nodes.CLIPTextEncode().encode(native(kinds), PROMPT)[0])
+
+
+@pytest.mark.parametrize("padding", ["none", "empty_prompt"])
+@pytest.mark.parametrize("texts", [("a", "red " * 90, "circle"), ("", "", "red"), ("a", "", "")])
+def test_clip_text_encode_sd3_gives_what_the_native_encoders_give(our_clip, native, texts, padding):
+    ours = CLIPTextEncodeSD3.execute(our_clip, *texts, padding).args[0]
+    same(ours, CLIPTextEncodeSD3.execute(native(), *texts, padding).args[0])
+
+
+@pytest.mark.parametrize("layer", [-1, -2, -3, -5])
+def test_clip_set_last_layer_acts_as_natively(our_clip, native, layer):
+    def encode(clip):
+        (cut,) = nodes.CLIPSetLastLayer().set_last_layer(clip, layer)
+        return nodes.CLIPTextEncode().encode(cut, PROMPT)[0]
+
+    same(encode(our_clip), encode(native()))
+
+
+def test_an_embedding_takes_its_words_place(models, our_clip, native):
+    from safetensors.torch import save_file
+
+    generator = torch.Generator().manual_seed(1)
+    vectors = {
+        "clip_l": torch.randn(2, 768, generator=generator),
+        "clip_g": torch.randn(2, 1280, generator=generator),
+    }
+    save_file(vectors, models / "embeddings" / "mine.safetensors")
+    ours = nodes.CLIPTextEncode().encode(our_clip, "a embedding:mine circle")[0]
+    same(ours, nodes.CLIPTextEncode().encode(native(), "a embedding:mine circle")[0])
+    plain = nodes.CLIPTextEncode().encode(our_clip, "a circle")[0]
+    assert (ours[0][0] - plain[0][0]).abs().max() > 1e-2
+
+
+def test_text_lora_keys_are_those_of_the_native_encoders(our_clip, native):
+    ours = comfy.lora.model_lora_keys_clip(our_clip.cond_stage_model, {})
+    theirs = comfy.lora.model_lora_keys_clip(native().cond_stage_model, {})
+    unused = "clip_l.transformer.text_projection.weight"  # SD3 does not project CLIP-L
+    assert ours == {key: name for key, name in theirs.items() if name != unused}
+
+
+def test_a_patch_on_the_clip_acts_and_leaves_the_base_alone(our_clip):
+    before = nodes.CLIPTextEncode().encode(our_clip, PROMPT)[0][0][0]
+    changed = our_clip.clone()
+    name = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+    weight = our_clip.cond_stage_model.state_dict()[name]
+    changed.add_patches({name: ("diff", (torch.ones_like(weight),))}, 1.0)
+    after = nodes.CLIPTextEncode().encode(changed, PROMPT)[0][0][0]
+    assert (after - before).abs().max() > 1e-3
+    assert torch.equal(nodes.CLIPTextEncode().encode(our_clip, PROMPT)[0][0][0], before)
+
+
+# SD3EncodePrompt
+
+
+@pytest.mark.parametrize(
+    "use", [ENCODERS, ("clip_l", "t5"), ("clip_g", "t5"), ("clip_l", "clip_g"), ("t5",), ()]
+)
+def test_encode_prompt_is_the_cores_encoding(tiny, tiny_three, use):
+    settings = Settings(PROMPT, negative="square", use=use, width=64, height=64, steps=2)
+    files = Files(checkpoint=tiny)
+    positive, negative = encode_prompts(files, make_plan(files, settings))
+    switches = [kind in use for kind in ENCODERS]
+    out = SD3EncodePrompt.execute(tiny_three[1], PROMPT, "square", "", "", *switches)
+    for ours, core in zip(out.args, (positive, negative), strict=True):
+        torch.testing.assert_close(ours[0][0], core.conditioning.context, **TOLERANCE)
+        pooled = ours[0][1]["pooled_output"]
+        torch.testing.assert_close(pooled, core.conditioning.pooled, **TOLERANCE)
+
+
+def test_each_encoder_may_read_its_own_text_at_any_length(tiny, tiny_three):
+    settings = Settings(
+        "a red circle",
+        prompt_clip_g="blue",
+        prompt_t5="green square " * 9,
+        t5_length=40,
+        width=64,
+        height=64,
+        steps=2,
+    )
+    files = Files(checkpoint=tiny)
+    core, _ = encode_prompts(files, make_plan(files, settings))
+    out = SD3EncodePrompt.execute(
+        tiny_three[1], "a red circle", "", "blue", "green square " * 9, True, True, True, 40
+    )
+    torch.testing.assert_close(out.args[0][0][0], core.conditioning.context, **TOLERANCE)
+    (told,) = out.ui["sd3_report"]
+    assert told["positive"]["tokens"] == core.tokens
+
+
+@pytest.mark.parametrize("use", [ENCODERS, ("clip_l", "t5"), ("t5",), ("clip_l", "clip_g"), ()])
+def test_encode_prompt_takes_the_native_clip(our_clip, native, use):
+    switches = [kind in use for kind in ENCODERS]
+    ours = SD3EncodePrompt.execute(our_clip, PROMPT, "blue", "", "", *switches)
+    theirs = SD3EncodePrompt.execute(native(), PROMPT, "blue", "", "", *switches)
+    for mine, their in zip(ours.args, theirs.args, strict=True):
+        same(mine, their)
+
+
+@pytest.mark.parametrize("kinds", [("clip_l",), ("clip_g",), ("t5",)])
+def test_missing_encoders_leave_zeros_of_normal_length(wide, native, kinds):
+    for clip in (clip_of(wide, kinds), native(kinds)):
+        out = SD3EncodePrompt.execute(clip, PROMPT, "")
+        context, extra = out.args[0][0]
+        assert context.shape == (1, 154, 4096)
+        assert extra["pooled_output"].shape == (1, 2048)
+        assert (context[:, 77:].abs().sum() == 0) == ("t5" not in kinds)
+        assert (context[:, :77, :768].abs().sum() == 0) == ("clip_l" not in kinds)
+        (told,) = out.ui["sd3_report"]
+        assert sum("not loaded" in note for note in told["notes"]) == 2
+
+
+def test_the_report_counts_tokens_and_names_files(our_clip):
+    (told,) = SD3EncodePrompt.execute(our_clip, "a red circle", "").ui["sd3_report"]
+    assert told["positive"]["tokens"] == {
+        "clip_l": 3,
+        "clip_g": 3,
+        "t5": 3,
+        "clip_windows": 1,
+        "t5_length": 77,
+    }
+    assert told["files"]["t5"]["file"] == "wide.safetensors"
+
+
+def test_a_checkpoint_without_encoders_is_named_at_the_socket():
+    with pytest.raises(NodeError, match=r"^SD3:missing_encoder: no CLIP arrived"):
+        SD3EncodePrompt.execute(None, "a", "")
+
+
+def test_another_models_clip_is_refused():
+    class Other:
+        cond_stage_model = torch.nn.Linear(1, 1)
+
+    with pytest.raises(NodeError, match=r"^SD3:wrong_encoders: this CLIP is a Linear"):
+        SD3EncodePrompt.execute(Other(), "a", "")
