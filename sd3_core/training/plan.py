@@ -11,19 +11,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..models.mmdit import MMDiT
+from ..models.mmdit import MMDiT, MMDiTConfig
 from .config import TrainConfig
 
 GIB = 2**30
 
 # Elements that a joint block keeps for the backward pass, per token and hidden channel: measured
-# with torch.autograd.graph.saved_tensors_hooks (tests/training/test_plan.py), with LoRA on
-# attention and MLP, and with everything trained.
-KEPT_LORA = 26
-KEPT_FULL = 26
-KEPT_RECOMPUTED = 1.0  # the block's input alone
+# with torch.autograd.graph.saved_tensors_hooks, see tests/training/test_plan.py.
+KEPT_LORA = 20.0  # a LoRA on attention and MLP
+KEPT_FULL = 25.5  # everything trained
+KEPT_DUAL = 5.5  # the second attention of a dual block, besides
+KEPT_RECOMPUTED = 1.1  # the block's input alone
 OPTIMIZER_BYTES = {"adamw": 8.0, "adafactor": 0.1, "adamw_8bit": 2.1, "prodigy": 16.0}
-RESERVE = 0.6 * GIB  # CUDA context, kernels' workspaces and the allocator's rounding
 
 
 @dataclass(frozen=True)
@@ -81,12 +80,17 @@ def estimate_memory(
     count = sum(parameter.numel() for parameter in parameters.values())
     beside = sum(_bytes(p) for p in parameters.values() if id(p) not in own)
     state = count * (4 + OPTIMIZER_BYTES[config.optimizer] + (4 if config.ema else 0))
-    block = (KEPT_LORA if config.method == "lora" else KEPT_FULL) * model.config.hidden_size
-    blocks = model.config.depth * block
-    if config.gradient_checkpointing:
-        blocks = block + KEPT_RECOMPUTED * model.config.hidden_size * model.config.depth
-    activations = config.batch_size * tokens * blocks * dtype.itemsize
+    kept = kept_per_token(model.config, config)
+    activations = config.batch_size * tokens * kept * model.config.hidden_size * dtype.itemsize
     return Estimate(weights, beside + state, activations)
+
+
+def kept_per_token(size: MMDiTConfig, config: TrainConfig) -> float:
+    """Elements that all blocks keep for the backward pass, per token and hidden channel."""
+    block = KEPT_LORA if config.method == "lora" else KEPT_FULL
+    if config.gradient_checkpointing:  # and one block whole, while it runs again
+        return size.depth * KEPT_RECOMPUTED + block + KEPT_DUAL
+    return size.depth * block + len(size.dual_attention_layers) * KEPT_DUAL
 
 
 def _bytes(tensor: Tensor) -> int:
