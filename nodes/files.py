@@ -8,9 +8,10 @@ from pathlib import Path
 import folder_paths
 
 from ..sd3_core.checkpoints.header import fingerprint
-from ..sd3_core.checkpoints.layouts import TITLES, Component, find_components
+from ..sd3_core.checkpoints.layouts import Component, find_components
 from ..sd3_core.checkpoints.load import component_of
 from ..sd3_core.errors import CheckpointError
+from ..sd3_core.text.encoders import TITLES
 from .errors import NodeError, coded
 
 EMBEDDED = "SD3 Tiny (built-in: draws coloured shapes)"
@@ -142,7 +143,7 @@ def choose(
 
 def missing_note(kind: str) -> str:
     folder = FOLDER_OF.get(kind, kind)
-    return f"{TITLES[kind]} is not in ComfyUI's folder {folder}; zeros stand in its place."
+    return f"No {TITLES[kind]} that fits is in models/{folder}: zeros stand in its place."
 
 
 def files_fingerprint(*chosen: tuple[str, str]) -> str:

@@ -52,6 +52,11 @@ def load_model(component: Component, weight_dtype: str) -> Any:
     return patcher
 
 
+def dtypes_of(model: Any) -> dict[str, str]:
+    dtypes = {"weights": model.model.get_dtype(), "compute": model.model.get_dtype_inference()}
+    return {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
+
+
 def reload_model(path: str, weight_dtype: str, disable_dynamic: bool = False) -> Any:
     return make_model(component_of(path, "mmdit"), weight_dtype, disable_dynamic)
 
@@ -155,14 +160,16 @@ class SD3LoadMMDiT(io.ComfyNode):
     def execute(cls, unet_name: str, weight_dtype: str = AUTO) -> io.NodeOutput:
         component = find_component("diffusion_models", unet_name, "mmdit")
         model = load_model(component, weight_dtype)
-        return io.NodeOutput(model, ui=report({"files": describe({"mmdit": component})}))
+        contents = {"files": describe({"mmdit": component}), **dtypes_of(model)}
+        return io.NodeOutput(model, ui=report(contents))
 
 
-def encoder_input(name: str, title: str) -> Any:
+def encoder_input(name: str, title: str, optional: bool = False) -> Any:
     return io.Combo.Input(
         name,
         options=[AUTO, NONE, *file_names("text_encoders")],
         default=AUTO,
+        optional=optional,
         tooltip=f"{title}. auto: the first that fits in models/text_encoders. none: leave it out, "
         "the model then sees zeros in its place.",
     )
@@ -319,18 +326,23 @@ class SD3LoadCheckpoint(io.ComfyNode):
                     ),
                     *advanced(
                         [
-                            encoder_input("t5xxl", "T5-XXL"),
-                            encoder_input("clip_g", "CLIP-G"),
-                            encoder_input("clip_l", "CLIP-L"),
+                            encoder_input("t5xxl", "T5-XXL", optional=True),
+                            encoder_input("clip_g", "CLIP-G", optional=True),
+                            encoder_input("clip_l", "CLIP-L", optional=True),
                             io.Combo.Input(
                                 "vae_name",
                                 options=[AUTO, *file_names("vae")],
                                 default=AUTO,
+                                optional=True,
                                 tooltip="auto: inside the checkpoint, else the SD3 VAE in "
                                 "models/vae.",
                             ),
                             io.Combo.Input(
-                                "weight_dtype", options=DTYPES, default=AUTO, tooltip=DTYPE_TIP
+                                "weight_dtype",
+                                options=DTYPES,
+                                default=AUTO,
+                                optional=True,
+                                tooltip=DTYPE_TIP,
                             ),
                         ]
                     ),
@@ -345,7 +357,12 @@ class SD3LoadCheckpoint(io.ComfyNode):
 
     @classmethod
     def validate_inputs(
-        cls, ckpt_name: str, t5xxl: str, clip_g: str, clip_l: str, vae_name: str
+        cls,
+        ckpt_name: str,
+        t5xxl: str = AUTO,
+        clip_g: str = AUTO,
+        clip_l: str = AUTO,
+        vae_name: str = AUTO,
     ) -> bool | str:
         faults = [name_fault("text_encoders", name) for name in (t5xxl, clip_g, clip_l)]
         faults += [name_fault("checkpoints", ckpt_name), name_fault("vae", vae_name)]
@@ -355,11 +372,11 @@ class SD3LoadCheckpoint(io.ComfyNode):
     def fingerprint_inputs(
         cls,
         ckpt_name: str,
-        t5xxl: str,
-        clip_g: str,
-        clip_l: str,
-        vae_name: str,
-        weight_dtype: str,
+        t5xxl: str = AUTO,
+        clip_g: str = AUTO,
+        clip_l: str = AUTO,
+        vae_name: str = AUTO,
+        weight_dtype: str = AUTO,
     ) -> str:
         encoders = [("text_encoders", name) for name in (t5xxl, clip_g, clip_l)]
         return files_fingerprint(("checkpoints", ckpt_name), *encoders, ("vae", vae_name))
@@ -378,9 +395,8 @@ class SD3LoadCheckpoint(io.ComfyNode):
         with coded("bad_file"):
             parts, notes = checkpoint_parts(find_file("checkpoints", ckpt_name), choices)
         text = {kind: part for kind, part in parts.items() if kind in ENCODERS}
+        model = load_model(parts["mmdit"], weight_dtype)
+        contents = {"files": describe(parts), "notes": notes, **dtypes_of(model)}
         return io.NodeOutput(
-            load_model(parts["mmdit"], weight_dtype),
-            load_clip(text, AUTO),
-            load_vae(parts["vae"]),
-            ui=report({"files": describe(parts), "notes": notes}),
+            model, load_clip(text, AUTO), load_vae(parts["vae"]), ui=report(contents)
         )
