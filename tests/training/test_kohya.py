@@ -1,0 +1,130 @@
+"""sd-scripts' configurations as ours."""
+
+from pathlib import Path
+
+import pytest
+from sd3_pack.sd3_core.__main__ import main
+from sd3_pack.sd3_core.training.config import make_config, read_toml
+from sd3_pack.sd3_core.training.folders import Source
+from sd3_pack.sd3_core.training.kohya import block_indices, translate
+
+GIVEN = """
+[model]
+pretrained_model_name_or_path = "sd3.5_medium.safetensors"
+t5xxl = "t5.safetensors"
+t5xxl_max_token_length = 154
+[network]
+network_module = "networks.lora_sd3"
+network_dim = 32
+network_args = ["train_block_indices=0,2-4", "x_attn_dim=8"]
+[training]
+output_name = "cat"
+max_train_steps = 2000
+lr_warmup_steps = 0.05
+unet_lr = 5e-5
+optimizer_type = "AdamW8bit"
+optimizer_args = ["weight_decay=0.1", "betas=0.9,0.95", "decouple=True"]
+lr_scheduler = "cosine_with_restarts"
+mixed_precision = "bf16"
+gradient_checkpointing = true
+weighting_scheme = "logit_normal"
+logit_mean = 0.5
+training_shift = 3.0
+flip_aug = true
+blocks_to_swap = 20
+sdpa = true
+resolution = "1024,768"
+clip_l_dropout_rate = 0.1
+clip_g_dropout_rate = 0.1
+t5_dropout_rate = 0.1
+min_timestep = 200
+"""
+DATASETS = """
+[general]
+bucket_reso_steps = 32
+[[datasets]]
+resolution = 512
+batch_size = 4
+  [[datasets.subsets]]
+  image_dir = "cats"
+  num_repeats = 10
+  class_tokens = "cat"
+"""
+
+
+@pytest.fixture
+def file(tmp_path) -> Path:
+    path = tmp_path / "kohya.toml"
+    path.write_text(GIVEN)
+    return path
+
+
+def test_known_settings_are_translated(file):
+    config = translate(file).config()
+    assert config.run_name == "cat"
+    assert config.checkpoint == Path("sd3.5_medium.safetensors")
+    assert config.t5 == Path("t5.safetensors")
+    assert config.t5_length == 154
+    assert (config.rank, config.lora_alpha) == (32, 1.0)  # alpha's default there
+    assert config.lora_blocks == (0, 2, 3, 4)
+    assert "adaLN" in config.lora_kinds
+    assert (config.steps, config.warmup, config.learning_rate) == (2000, 100, 5e-5)
+    assert (config.optimizer, config.weight_decay, config.betas) == ("adamw_8bit", 0.1, (0.9, 0.95))
+    assert (config.density, config.shift) == ("logit_normal(0.5, 1)", 3.0)
+    assert (config.dtype, config.gradient_checkpointing) == ("bf16", True)
+    assert config.resolution == 886  # the square of as many pixels
+    assert config.encoder_dropout == 0.1
+    assert config.lowest_sigma == 0.2
+
+
+def test_what_is_not_used_is_listed(file):
+    ignored = "\n".join(translate(file).ignored)
+    for name in ("flip_aug", "blocks_to_swap", "cosine_with_restarts", "x_attn_dim", "decouple"):
+        assert name in ignored
+    assert "sdpa" not in ignored
+
+
+def test_the_translation_is_toml_that_reads_back(file):
+    translated = translate(file)
+    assert make_config(read_toml(translated.toml())) == translated.config()
+
+
+def test_a_dataset_file_beside_it_is_read_too(file):
+    (file.parent / "data.toml").write_text(DATASETS)
+    file.write_text('dataset_config = "data.toml"\n' + GIVEN)
+    translated = translate(file)
+    config = translated.config()
+    assert config.data == (Source(Path("cats"), 10),)
+    assert (config.batch_size, config.bucket_step) == (4, 32)
+    assert any("class_tokens" in line for line in translated.ignored)
+
+
+def test_a_missing_dataset_file_is_listed(file):
+    file.write_text('dataset_config = "data.toml"\n' + GIVEN)
+    assert "there is no such file" in translate(file).ignored[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("max_train_steps = 0", "steps is 0"),
+        ("network_dim = 'x'", "rank is 'x'"),
+        ("a = [", "toml"),
+    ],
+)
+def test_values_that_make_no_sense_are_one_sentence(tmp_path, line, message):
+    path = tmp_path / "kohya.toml"
+    path.write_text(line)
+    with pytest.raises(ValueError, match=message):
+        translate(path)
+
+
+def test_ranges_of_blocks():
+    assert block_indices("0, 1,4-6") == [0, 1, 4, 5, 6]
+
+
+def test_the_command_prints_ours_and_lists_the_rest(file, capsys):
+    assert main(["train", "--from-kohya", str(file)]) == 0
+    said = capsys.readouterr()
+    assert make_config(read_toml(said.out)).rank == 32
+    assert "not used: flip_aug = True: pictures are never mirrored" in said.err
