@@ -60,6 +60,12 @@ def intermediate_dtype() -> torch.dtype:
     return torch.float32 if chosen is None else chosen()
 
 
+def inference_dtype(model: Any) -> torch.dtype:
+    """Of the computation.  model: a BaseModel."""
+    given = getattr(model, "get_dtype_inference", None)
+    return given() if given is not None else model.manual_cast_dtype or model.get_dtype()
+
+
 def fix_empty_latent(model: Any, latent: Mapping[str, Any]) -> Tensor:
     """The samples; an empty latent made for another model gets this one's channels and size."""
     fix = comfy.sample.fix_empty_latent_channels

@@ -315,7 +315,6 @@ class SD3VAE(comfy.sd.VAE):
         self.patcher = make_patcher(
             self.first_stage_model, self.device, manager.vae_offload_device(), plain
         )
-        self.model_size()
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from ..sd3_core.errors import CheckpointError
 from ..sd3_core.models.mmdit import MMDiTConfig
 from ..sd3_core.settings import check_fit
 from ..sd3_core.text.encoders import ENCODERS
-from ._compat import advanced, schema, set_reload
+from ._compat import advanced, inference_dtype, schema, set_reload
 from .comfy_model import AUTO, SD3VAE, WEIGHT_DTYPES, make_model
 from .comfy_text import make_clip
 from .errors import NodeError, coded
@@ -53,7 +53,7 @@ def load_model(component: Component, weight_dtype: str) -> Any:
 
 
 def dtypes_of(model: Any) -> dict[str, str]:
-    dtypes = {"weights": model.model.get_dtype(), "compute": model.model.get_dtype_inference()}
+    dtypes = {"weights": model.model.get_dtype(), "compute": inference_dtype(model.model)}
     return {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
 
 

@@ -34,7 +34,7 @@ from ..sd3_core.schedule import (
     log_snr,
     per_image,
 )
-from ._compat import advanced, fix_empty_latent, intermediate_dtype, schema
+from ._compat import advanced, fix_empty_latent, inference_dtype, intermediate_dtype, schema
 from .errors import NodeError, coded
 from .progress import Callback, Meter, check_finite, step_reporter
 from .wires import (
@@ -429,7 +429,7 @@ def prepare(
     schedule = Schedule(shift)
     check_layers(layers, len(model.model.diffusion_model.joint_blocks))
     skip = SkipLayers(layers, slg_scale, schedule.window(*skip_span)) if slg_scale else None
-    dtype = model.model.get_dtype_inference()
+    dtype = inference_dtype(model.model)
     return Run(
         model=shifted,
         guider=SD3Guider(shifted, schedule.window(*cfg_span), skip),

@@ -4,10 +4,12 @@ import comfy.model_management
 import comfy.sd
 import pytest
 import torch
+from comfy_call import call
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_model_merging import ModelMergeSimple, save_checkpoint
-from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+from comfy_extras.nodes_sd3 import SkipLayerGuidanceSD3
 from safetensors.torch import load_file, save_file
+from sd3_pack.nodes._compat import inference_dtype
 from sd3_pack.nodes.comfy_model import AUTO, make_model
 from sd3_pack.sd3_core.checkpoints.layouts import find_components
 from sd3_pack.sd3_core.checkpoints.load import component_of
@@ -47,7 +49,7 @@ def test_prompts_of_different_length_and_cfg_one_run(our_model, their_model, con
 
 
 def skip_layers(model):
-    return SkipLayerGuidanceDiT.execute(model, 2.0, 0.0, 1.0, "1", "").args[0]
+    return call(SkipLayerGuidanceSD3, model, "1", 2.0, 0.0, 1.0)[0]
 
 
 def shifted(model):
@@ -188,4 +190,4 @@ def test_scaled_fp8_means_what_its_scales_say(tmp_path, spelling):
 def test_a_bf16_file_on_the_cpu_is_computed_in_float32(tmp_path):
     write_tiny_checkpoint(tmp_path / "half.safetensors", ["mmdit"], torch.bfloat16)
     model = make_model(component_of(tmp_path / "half.safetensors", "mmdit"))
-    assert model.model.get_dtype_inference() == torch.float32
+    assert inference_dtype(model.model) == torch.float32

@@ -9,6 +9,7 @@ import comfy.text_encoders.sd3_clip
 import comfy.utils
 import pytest
 import torch
+from comfy_call import call
 from comfy_extras.nodes_sd3 import CLIPTextEncodeSD3
 from sd3_pack.nodes.errors import NodeError
 from sd3_pack.nodes.loaders import load_clip
@@ -102,8 +103,8 @@ def test_missing_encoders_are_left_out_as_natively(wide, native, kinds):
 @pytest.mark.parametrize("padding", ["none", "empty_prompt"])
 @pytest.mark.parametrize("texts", [("a", "red " * 90, "circle"), ("", "", "red"), ("a", "", "")])
 def test_clip_text_encode_sd3_gives_what_the_native_encoders_give(our_clip, native, texts, padding):
-    ours = CLIPTextEncodeSD3.execute(our_clip, *texts, padding).args[0]
-    same(ours, CLIPTextEncodeSD3.execute(native(), *texts, padding).args[0])
+    ours = call(CLIPTextEncodeSD3, our_clip, *texts, padding)[0]
+    same(ours, call(CLIPTextEncodeSD3, native(), *texts, padding)[0])
 
 
 @pytest.mark.parametrize("layer", [-1, -2, -3, -5])

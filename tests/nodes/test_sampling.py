@@ -6,9 +6,10 @@ import comfy.samplers
 import node_helpers
 import pytest
 import torch
+from comfy_call import call
 from comfy_extras.nodes_custom_sampler import Noise_RandomNoise, SamplerCustomAdvanced
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
-from comfy_extras.nodes_slg import SkipLayerGuidanceDiT
+from comfy_extras.nodes_sd3 import SkipLayerGuidanceSD3
 from sd3_pack.nodes.errors import NodeError
 from sd3_pack.nodes.sampling import SD3Sample, SD3ShiftSchedule, parse_layers
 from sd3_pack.sd3_core.schedule import Schedule
@@ -124,7 +125,7 @@ def with_cfg_function(model):
 
 
 def with_skipping(model):
-    return SkipLayerGuidanceDiT.execute(model, 2.0, 0.0, 1.0, "1", "").args[0]
+    return call(SkipLayerGuidanceSD3, model, "1", 2.0, 0.0, 1.0)[0]
 
 
 def with_patched_weights(model):
@@ -147,7 +148,7 @@ def test_patches_act_as_in_ksampler(our_model, conditioning, patch):
 
 def test_skip_layer_guidance_is_the_native_nodes(our_model, conditioning):
     prompts = conditioning(1), conditioning(2)
-    native = SkipLayerGuidanceDiT.execute(our_model, 2.0, 0.1, 0.8, "0, 1", "").args[0]
+    native = call(SkipLayerGuidanceSD3, our_model, "0, 1", 2.0, 0.1, 0.8)[0]
     ours = sample(
         our_model,
         *prompts,
@@ -189,7 +190,8 @@ def test_our_sigmas_and_model_serve_the_custom_sampler(our_model, conditioning):
     guider = comfy.samplers.CFGGuider(our_model)
     guider.set_conds(conditioning(1), conditioning(2))
     guider.set_cfg(3.0)
-    out = SamplerCustomAdvanced.execute(
+    out, _ = call(
+        SamplerCustomAdvanced,
         Noise_RandomNoise(5),
         guider,
         comfy.samplers.sampler_object("euler"),
@@ -197,7 +199,7 @@ def test_our_sigmas_and_model_serve_the_custom_sampler(our_model, conditioning):
         {"samples": torch.zeros(1, 16, 16, 12)},
     )
     ours = sample(our_model, conditioning(1), conditioning(2))
-    torch.testing.assert_close(ours, out.args[0]["samples"], **TOLERANCE)
+    torch.testing.assert_close(ours, out["samples"], **TOLERANCE)
 
 
 def test_cfg_outside_its_window_leaves_the_prompt_alone(our_model, conditioning):

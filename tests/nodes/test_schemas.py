@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import inspect
 import json
 import shutil
 from pathlib import Path
@@ -169,7 +170,10 @@ def run(prompt):
         valid = asyncio.run(execution.validate_prompt("p", prompt, None))
     if not valid[0]:
         return valid[3], None
-    runner = execution.PromptExecutor(Server(), cache_args={"ram": 0, "ram_inactive": 0, "lru": 0})
+    known = inspect.signature(execution.PromptExecutor.__init__).parameters
+    options = {"cache_args": {"ram": 0, "ram_inactive": 0, "lru": 0}}
+    options = {name: value for name, value in options.items() if name in known}
+    runner = execution.PromptExecutor(Server(), **options)
     runner.execute(prompt, "p", {}, valid[2])
     return runner.status_messages, runner
 
