@@ -11,6 +11,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from itertools import groupby
 
 import torch
@@ -58,6 +59,7 @@ class World:
 
 
 ALONE = World()
+LONGEST_WAIT = timedelta(hours=12)  # for the first process, while it encodes a large dataset
 
 
 def _meeting_place() -> torch.device:
@@ -89,7 +91,7 @@ def joined(world: World, device: torch.device) -> Iterator[None]:
     if world.size == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     try:
         yield
     finally:

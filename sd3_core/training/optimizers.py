@@ -107,7 +107,7 @@ def optimizer_state(
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, Any] = {}
     for index, entries in state["state"].items():
-        for key, value in entries.items():
+        for key, value in _flat(entries):
             if isinstance(value, Tensor):
                 tensors[f"{names[index]}:{key}"] = value
             elif value is not None:
@@ -117,6 +117,15 @@ def optimizer_state(
         for group in state["param_groups"]
     ]
     return tensors, {"values": numbers, "groups": groups}
+
+
+def _flat(entries: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """bitsandbytes keeps its quantised state in a table of its own: "table>key"."""
+    for key, value in entries.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{key}>{inner}", one) for inner, one in value.items())
+        else:
+            yield key, value
 
 
 def _is_number(value: Any) -> bool:
@@ -135,8 +144,12 @@ def restore_optimizer(
     entries: dict[int, dict[str, Any]] = {}
     try:
         for full, value in (*tensors.items(), *numbers["values"].items()):
-            name, _, key = full.rpartition(":")
-            entries.setdefault(index[name], {})[key] = value
+            name, _, path = full.rpartition(":")
+            table = entries.setdefault(index[name], {})
+            *outer, key = path.split(">")
+            for step in outer:
+                table = table.setdefault(step, {})
+            table[key] = value
         for group, stored in zip(state["param_groups"], numbers["groups"], strict=True):
             group.update(stored)
     except (KeyError, ValueError) as error:

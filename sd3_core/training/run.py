@@ -143,7 +143,7 @@ class Run:
         Raises CheckpointError when it cannot be written; the older states are untouched then.
         """
         path = self.folder / "state" / f"step-{state.step:08}.safetensors"
-        values = json.dumps({"format": FORMAT, "step": state.step, **state.values})
+        values = json.dumps({"format": FORMAT, "step": state.step, **state.values}, sort_keys=True)
         save_tensors(path, state.tensors, {"sd3_workbench.state": values})
         states = self.states()
         for step in sorted(states)[:-keep]:

@@ -12,7 +12,13 @@ from safetensors.torch import load_file
 from sd3_pack.sd3_core.errors import CheckpointError, NumericalError
 from sd3_pack.sd3_core.training import loop
 from sd3_pack.sd3_core.training.loop import Losses, spoken_time
-from sd3_pack.sd3_core.training.optimizers import Average, learning_rate, make_optimizer
+from sd3_pack.sd3_core.training.optimizers import (
+    Average,
+    learning_rate,
+    make_optimizer,
+    optimizer_state,
+    restore_optimizer,
+)
 from toy_task import TOY, ToyTask, train_toy
 
 OPTIMIZERS = ("adamw", "adafactor")
@@ -319,3 +325,31 @@ def test_a_curve_is_drawn(tmp_path):
     picture = Image.open(outcome.folder / "curve.png")
     assert picture.size == (loop.draw_curve.__globals__["WIDTH"], 480)
     assert len(picture.convert("RGB").getcolors(2**20) or []) > 4
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "package"), [("prodigy", "prodigyopt"), ("adamw_8bit", "bitsandbytes")]
+)
+def test_extra_optimisers_resume_bit_for_bit_too(tmp_path, optimizer, package):
+    pytest.importorskip(package, reason=f"{package} is an extra, imported when it is chosen")
+    config = replace(TOY, optimizer=optimizer)
+    train_toy(tmp_path / "whole", config)
+    with pytest.raises(Stop):
+        train_toy(tmp_path / "broken", config, on_step=stop_after(5))
+    train_toy(tmp_path / "broken", config)
+    assert files(tmp_path / "broken") == files(tmp_path / "whole")
+
+
+def test_an_optimiser_s_nested_tables_survive():
+    """bitsandbytes keeps its quantised state in a table within the state."""
+    parameters = ToyTask().parameters
+    optimizer = make_optimizer(parameters, TOY)
+    first = {"step": torch.tensor(3.0), "table": {"state1": torch.arange(4), "rounds": 7}}
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": {0: first, 1: {}}, "param_groups": groups})
+    tensors, numbers = optimizer_state(optimizer, list(parameters))
+    assert set(tensors) == {"weight:step", "weight:table>state1"}
+    assert numbers["values"] == {"weight:table>rounds": 7}
+    fresh = make_optimizer(parameters, TOY)
+    restore_optimizer(fresh, list(parameters), tensors, numbers)
+    assert fresh.state_dict()["state"][0]["table"]["rounds"] == 7

@@ -322,3 +322,27 @@ def test_what_cannot_work_is_refused(config, change, message):
 def test_a_missing_file_is_named(config, tmp_path):
     with pytest.raises(CheckpointError, match="missing.safetensors"):
         train(replace(config, checkpoint=tmp_path / "missing.safetensors"))
+
+
+@pytest.mark.parametrize("kind", ["bf16", "fp8", "scaled fp8"])
+def test_a_lora_is_taught_on_a_base_in_any_precision(config, tmp_path, kind):
+    """The base stays as it is stored; LoRA and optimiser are float32."""
+    from safetensors.torch import save_file
+    from tiny import quantised, tiny_state_dicts, with_prefixes
+
+    state = tiny_state_dicts(["mmdit"])["mmdit"]
+    if kind == "scaled fp8":
+        state, _ = quantised(state, "comfy_quant")
+    else:
+        dtype = torch.bfloat16 if kind == "bf16" else torch.float8_e4m3fn
+        state = {name: tensor.to(dtype) for name, tensor in state.items()}
+    path = tmp_path / "base.safetensors"
+    save_file(with_prefixes({"mmdit": state}), path)
+    before = path.read_bytes()
+    outcome = train(replace(config, mmdit=path, dtype="bf16" if kind == "bf16" else "fp32"))
+    assert path.read_bytes() == before
+    values = losses(config)
+    assert all(0 < value < 20 for value in values)
+    (adapter, *_) = read_lora(outcome.product).parts["mmdit"]
+    assert adapter.change.up.dtype == torch.float32
+    assert adapter.change.up.abs().max() > 0
