@@ -1,4 +1,4 @@
-"""python -m sd3_core generate | verify | inspect | train"""
+"""python -m sd3_core generate | verify | inspect | train | bench"""
 
 import argparse
 import re
@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     add_inspect(commands.add_parser("inspect", help="say what a model file is"))
     add_export(commands.add_parser("export", help="write networks as one file, as released"))
     add_train(commands.add_parser("train", help="teach a LoRA or a small model"))
+    add_bench(commands.add_parser("bench", help="measure against other implementations"))
     return top
 
 
@@ -148,6 +149,20 @@ def add_train(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_bench(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_bench)
+    add = command.add_argument
+    add("cases", nargs="*", metavar="CASE", help="load, forward, step, sample, decode, ...: all")
+    add("--quick", action="store_true", help="small cases, within a minute")
+    add("--reference", type=Path, metavar="PATH", help="Stability's sd3.5 code, to compare with")
+    add("--size", default="100mb", help="file of the load case: 100mb, 1gb, 4gb, 16gb")
+    add("--rounds", type=int, help="how often each is timed; default 5, with --quick 3 (load: 1)")
+    add("--threads", type=int)
+    add("--device", default="cpu")
+    add("--json", type=Path, metavar="FILE", help="write all numbers")
+    add("--plot", type=Path, metavar="FILE", help="draw them; needs matplotlib")
+
+
 def run_generate(options: argparse.Namespace) -> int:
     from .generate import generate
     from .pictures import save_png
@@ -203,6 +218,37 @@ def run_verify(options: argparse.Namespace) -> int:
     comparison = verify(options.picture, chosen_files(options), progress())
     print(comparison.sentence())
     return 0 if comparison.equal else 1
+
+
+def run_bench(options: argparse.Namespace) -> int:
+    import json
+
+    from .bench import cases, report, run
+
+    if options.plot:
+        report.check_plot()
+    chosen = cases.choose(options.cases, options.quick, options.size)
+    how = run.Options(
+        reference=options.reference,
+        device=options.device,
+        threads=options.threads,
+        rounds=options.rounds or (3 if options.quick else 5),
+        load_rounds=options.rounds or (1 if options.quick else 5),
+    )
+    where = run.surroundings(how)
+    print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
+    print(report.legend(where), flush=True)
+    outcomes: list[run.Outcome] = []
+    for outcome in run.run_cases(chosen, how):
+        outcomes.append(outcome)
+        print("\n".join(report.lines(outcome)), flush=True)
+    print("\n".join(report.growth_lines(report.growths(outcomes))))
+    if options.json:
+        values = report.as_json_report(where, outcomes)
+        options.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+    if options.plot:
+        report.plot(options.plot, outcomes)
+    return 1 if any(outcome.failed for outcome in outcomes) else 0
 
 
 def run_inspect(options: argparse.Namespace) -> int:

@@ -59,7 +59,7 @@ UNSAFE_MODULES = (
     "joblib",
 )
 UNSAFE_CALLS = ("eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load")
-OPTIONAL = ("diffusers",)  # used where it is installed, and only when asked for
+OPTIONAL = ("diffusers", "matplotlib")  # used where it is installed, and only when asked for
 DISTRIBUTIONS = {"PIL": "pillow"}  # imported name -> installed name, where they differ
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "misc")
 

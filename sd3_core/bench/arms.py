@@ -1,0 +1,333 @@
+"""How each implementation does the work of a case, through its own public ways.
+
+An arm lives in a process of its own (see worker.py).  The others are imported by name, and only
+there, from where the user has them: nothing of this package depends on them.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.header import read_header
+from ..checkpoints.load import load_mmdit, load_vae
+from ..checkpoints.tensors import map_tensors
+from ..conditioning import Conditioning
+from ..guidance import classifier_free
+from ..models.mmdit import MMDiT, MMDiTConfig
+from ..models.onednn import Ops
+from ..models.vae import VAEConfig, to_model_space
+from ..samplers import euler
+from .cases import CFG, Case, cut_blocks
+
+Inputs = Mapping[str, Tensor]
+Work = Callable[[Inputs], Tensor]
+
+MMDIT_PREFIX = "model.diffusion_model."
+VAE_PREFIX = "first_stage_model."
+
+
+class Arm(Protocol):
+    """One implementation on one device."""
+
+    def load(self, case: Case, file: Path) -> Mapping[str, Tensor]:
+        """The file's denoiser, its weights as stored; returns them under any names."""
+        ...
+
+    def prepare(self, case: Case, file: Path) -> Work:
+        """The work of a case, ready to be run on its inputs."""
+        ...
+
+
+class Ours:
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def load(self, case: Case, file: Path) -> Mapping[str, Tensor]:
+        return load_mmdit(file, device=self.device).state_dict()
+
+    def prepare(self, case: Case, file: Path) -> Work:
+        if case.work == "decode":
+            vae = load_vae(file, dtype=torch.float32, device=self.device)
+            return lambda given: vae.decode(given["x"])
+        model = self._denoiser(case, file)
+        if case.work == "sample":
+            return lambda given: euler(
+                classifier_free(model, *conditions(given), CFG), given["x"], given["sigmas"]
+            )
+        left_out = range(case.blocks, model.config.depth) if case.blocks else ()
+        return lambda given: model(
+            given["x"], given["timestep"], given["context"], given["pooled"], left_out
+        )
+
+    def _denoiser(self, case: Case, file: Path) -> MMDiT:
+        if not case.blocks:
+            return load_mmdit(file, dtype=torch.float32, device=self.device)
+        assert isinstance(case.network, MMDiTConfig)
+        with torch.device("meta"):
+            model = MMDiT(case.network, Ops)
+        cut_blocks(model, case)
+        model.load_state_dict(stored(file, MMDIT_PREFIX, self.device), assign=True)
+        return model.requires_grad_(False).eval()
+
+
+class Diffusers:
+    def __init__(self, device: torch.device):
+        self.diffusers: Any = import_module("diffusers")
+        self.diffusers.utils.logging.disable_progress_bar()
+        self.device = device
+
+    def load(self, case: Case, file: Path) -> Mapping[str, Tensor]:
+        return self._denoiser(file, getattr(torch, case.dtype)).state_dict()
+
+    def prepare(self, case: Case, file: Path) -> Work:
+        if case.work == "decode":
+            vae = self.diffusers.AutoencoderKL.from_single_file(
+                str(file), config=str(file.with_suffix(".config")), subfolder="vae"
+            )
+            vae = vae.to(self.device).eval()
+            return lambda given: vae.decode(given["x"]).sample
+        model = self._denoiser(file, torch.float32)
+        if case.work == "sample":
+            return self._sampling(model)
+        return lambda given: model(
+            given["x"], given["context"], given["pooled"], given["timestep"], return_dict=False
+        )[0]
+
+    def _denoiser(self, file: Path, dtype: torch.dtype) -> Any:
+        model = self.diffusers.SD3Transformer2DModel.from_single_file(
+            str(file),
+            config=str(file.with_suffix(".config")),
+            subfolder="transformer",
+            torch_dtype=dtype,
+        )
+        return model.to(self.device).eval()
+
+    def _sampling(self, model: Any) -> Work:
+        encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
+        tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
+        pipeline = self.diffusers.StableDiffusion3Pipeline(
+            transformer=model,
+            scheduler=self.diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
+            vae=None,
+            **dict.fromkeys((*encoders, *tokenizers)),
+        )
+        pipeline.set_progress_bar_config(disable=True)
+
+        def sample(given: Inputs) -> Tensor:
+            x, (positive, negative) = given["x"], conditions(given)
+            batch = x.shape[0]
+            return pipeline(
+                height=x.shape[2] * 8,
+                width=x.shape[3] * 8,
+                sigmas=given["sigmas"][:-1].tolist(),
+                num_inference_steps=len(given["sigmas"]) - 1,
+                guidance_scale=CFG,
+                latents=x,
+                prompt_embeds=positive.repeat(batch).context,
+                pooled_prompt_embeds=positive.repeat(batch).pooled,
+                negative_prompt_embeds=negative.repeat(batch).context,
+                negative_pooled_prompt_embeds=negative.repeat(batch).pooled,
+                output_type="latent",
+                return_dict=False,
+            )[0]
+
+        return sample
+
+
+class ComfyUI:
+    """sdpa: with --use-pytorch-cross-attention, instead of the attention it takes by itself."""
+
+    def __init__(self, checkout: Path, device: torch.device, sdpa: bool):
+        sys.path.insert(0, str(checkout))
+        sys.argv = sys.argv[:1]
+        arguments = import_module("comfy.cli_args").args
+        arguments.cpu = device.type == "cpu"  # all of these before anything else of ComfyUI loads
+        arguments.use_pytorch_cross_attention = sdpa
+        self.comfy = {
+            name: import_module(f"comfy.{name}")
+            for name in ("model_management", "ops", "sample", "samplers", "sd", "utils")
+        }
+        self.device = device
+
+    def load(self, case: Case, file: Path) -> Mapping[str, Tensor]:
+        return self._patcher(file, getattr(torch, case.dtype)).model.diffusion_model.state_dict()
+
+    def prepare(self, case: Case, file: Path) -> Work:
+        if case.work == "decode":
+            state = self.comfy["utils"].load_torch_file(str(file))
+            prefixed = {key.removeprefix(VAE_PREFIX): value for key, value in state.items()}
+            vae = self.comfy["sd"].VAE(sd=prefixed, dtype=torch.float32)
+            self.comfy["model_management"].load_models_gpu([vae.patcher])
+            return lambda given: vae.first_stage_model.decode(given["x"])
+        if case.blocks:
+            return self._forward(self._cut(case, file))
+        patcher = self._patcher(file, torch.float32)
+        if case.work == "sample":
+            return lambda given: self._sample(patcher, given)
+        return self._forward(patcher.model.diffusion_model)
+
+    def _patcher(self, file: Path, dtype: torch.dtype) -> Any:
+        patcher = self.comfy["sd"].load_diffusion_model(str(file), model_options={"dtype": dtype})
+        self.comfy["model_management"].load_models_gpu([patcher])
+        return patcher
+
+    def _cut(self, case: Case, file: Path) -> Any:
+        """A network of some blocks only: ComfyUI's loader takes their number from the width."""
+        assert isinstance(case.network, MMDiTConfig)
+        size = case.network
+        module = import_module("comfy.ldm.modules.diffusionmodules.mmdit")
+        model = module.OpenAISignatureMMDITWrapper(
+            input_size=None,
+            patch_size=size.patch_size,
+            in_channels=size.in_channels,
+            depth=size.depth,
+            num_blocks=case.blocks,
+            **reference_sizes(size),
+            dtype=torch.float32,
+            device=self.device,
+            operations=self.comfy["ops"].disable_weight_init,
+        )
+        model.load_state_dict(stored(file, MMDIT_PREFIX, self.device))
+        return model.eval()
+
+    def _forward(self, model: Any) -> Work:
+        return lambda given: model(
+            given["x"], given["timestep"], context=given["context"], y=given["pooled"]
+        )
+
+    def _sample(self, patcher: Any, given: Inputs) -> Tensor:
+        positive, negative = (
+            [[part.context, {"pooled_output": part.pooled}]] for part in conditions(given)
+        )
+        latents = self.comfy["sample"].sample_custom(
+            patcher,
+            given["x"],
+            CFG,
+            self.comfy["samplers"].sampler_object("euler"),
+            given["sigmas"],
+            positive,
+            negative,
+            torch.zeros_like(given["x"]),
+            disable_pbar=True,
+            seed=0,
+        )
+        return to_model_space(latents)
+
+
+class Reference:
+    """Stability's sd3.5 code."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        sys.path.insert(0, str(folder))
+        self.mmditx = import_module("mmditx")
+        self.impls = import_module("sd3_impls")
+        self.device = device
+
+    def load(self, case: Case, file: Path) -> Mapping[str, Tensor]:
+        raise NotImplementedError("its loader is part of its command line")
+
+    def prepare(self, case: Case, file: Path) -> Work:
+        if case.work == "decode":
+            assert isinstance(case.network, VAEConfig)
+            narrow = case.network.channels[0]
+            decoder = self.impls.VAEDecoder(
+                ch=narrow,
+                ch_mult=tuple(width // narrow for width in case.network.channels),
+                num_res_blocks=case.network.blocks_per_level,
+                z_channels=case.network.latent_channels,
+            )
+            decoder.load_state_dict(stored(file, f"{VAE_PREFIX}decoder.", self.device))
+            decoder = decoder.to(self.device).eval()
+            return lambda given: decoder(given["x"])
+        model = self._denoiser(case, file)
+        if case.work == "sample":
+            return lambda given: self._sample(model, given)
+        return lambda given: model(
+            given["x"], given["timestep"], y=given["pooled"], context=given["context"]
+        )
+
+    def _denoiser(self, case: Case, file: Path) -> Any:
+        assert isinstance(case.network, MMDiTConfig)
+        size = case.network
+        with torch.device("meta"):
+            model = self.mmditx.MMDiTX(
+                input_size=None,
+                patch_size=size.patch_size,
+                in_channels=size.in_channels,
+                depth=size.depth,
+                **reference_sizes(size),
+                dtype=torch.float32,
+            )
+        cut_blocks(model, case)
+        model.load_state_dict(stored(file, MMDIT_PREFIX, self.device), assign=True)
+        return model.eval()
+
+    def _sample(self, model: Any, given: Inputs) -> Tensor:
+        flow = self.impls.ModelSamplingDiscreteFlow(shift=1.0)
+
+        def denoised(x: Tensor, sigma: Tensor, c_crossattn: Tensor, y: Tensor) -> Tensor:
+            velocity = model(x, flow.timestep(sigma), context=c_crossattn, y=y)
+            return flow.calculate_denoised(sigma, velocity, x)
+
+        positive, negative = (
+            {"c_crossattn": part.context, "y": part.pooled}
+            for part in (condition.repeat(given["x"].shape[0]) for condition in conditions(given))
+        )
+        return self.impls.sample_euler(
+            self.impls.CFGDenoiser(SimpleNamespace(apply_model=denoised)),
+            given["x"],
+            given["sigmas"].to(self.device),
+            {"cond": positive, "uncond": negative, "cond_scale": CFG},
+        )
+
+
+def make_arm(options: Mapping[str, Any], device: torch.device) -> Arm:
+    """The arm a worker is started for; options: see run.py's `arms_here`."""
+    kind = options["kind"]
+    if kind == "ours":
+        return Ours(device)
+    if kind == "diffusers":
+        return Diffusers(device)
+    if kind == "comfyui":
+        return ComfyUI(Path(options["folder"]), device, options["sdpa"])
+    if kind == "reference":
+        return Reference(Path(options["folder"]), device)
+    raise ValueError(f"no arm {json.dumps(dict(options))}")
+
+
+def conditions(given: Inputs) -> tuple[Conditioning, Conditioning]:
+    """The positive and the negative prompt, of batch 1."""
+    context, pooled = given["context"], given["pooled"]
+    return Conditioning(context[:1], pooled[:1]), Conditioning(context[1:], pooled[1:])
+
+
+def stored(file: Path, prefix: str, device: torch.device) -> dict[str, Tensor]:
+    """The tensors whose names begin so, without that beginning."""
+    header = read_header(file)
+    names = [name for name in header.tensors if name.startswith(prefix)]
+    return {
+        name.removeprefix(prefix): tensor.to(device)
+        for name, tensor in map_tensors(header, names).items()
+    }
+
+
+def reference_sizes(size: MMDiTConfig) -> dict[str, Any]:
+    """The sizes of a network as Stability's class and ComfyUI's descendant of it are told them."""
+    return {
+        "num_patches": size.pos_embed_max_size**2,
+        "pos_embed_max_size": size.pos_embed_max_size,
+        "adm_in_channels": size.pooled_dim,
+        "context_embedder_config": {
+            "target": "torch.nn.Linear",
+            "params": {"in_features": size.context_dim, "out_features": size.hidden_size},
+        },
+        "qk_norm": "rms" if size.qk_norm else None,
+        "x_block_self_attn_layers": list(size.dual_attention_layers),
+    }

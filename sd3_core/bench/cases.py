@@ -1,0 +1,287 @@
+"""What is measured: cases, the weights they run on and the inputs they are given."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..models.mmdit import MMDiT, MMDiTConfig, position_table
+from ..models.vae import VAE, VAEConfig
+from ..noise import noise
+from ..schedule import Schedule
+
+CFG = 4.5
+WORK = ("load", "forward", "sample", "decode")
+# Two orders of the same float32 sums part by this much of the largest value: ten times what was
+# seen between the four implementations.  A sampler carries each step's difference into the next.
+TOLERANCE = {"load": 1e-6, "forward": 2e-5, "sample": 2e-4, "decode": 5e-5}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that every arm does, on generated weights.
+
+    study, at: a case may be one point of a study of growth, e.g. "resolution" at 1357 tokens.
+    """
+
+    name: str
+    work: str  # one of WORK
+    network: MMDiTConfig | VAEConfig
+    pixels: int = 512  # side of the picture
+    text: int = 333  # tokens of text
+    batch: int = 2
+    steps: int = 1
+    blocks: int | None = None  # so many of the network's blocks, the last one among them
+    dtype: str = "float32"
+    study: str = ""
+    at: float = 0.0
+
+    @property
+    def title(self) -> str:
+        size = self.network
+        if isinstance(size, VAEConfig):
+            return f"VAE decode, {self.pixels} x {self.pixels}, batch {self.batch}, {self.dtype}"
+        what = f"depth {size.depth}, {size.hidden_size} wide"
+        if self.blocks:
+            what += f", {self.blocks} blocks"
+        if size.qk_norm:
+            what += ", q and k normed"
+        if size.dual_attention_layers:
+            what += f", {len(size.dual_attention_layers)} dual blocks"
+        if self.work == "load":
+            return f"load {what}, {self.dtype}"
+        tokens = (self.pixels // 16) ** 2
+        what += f", {tokens} + {self.text} tokens, batch {self.batch}, {self.dtype}"
+        if self.work == "sample":
+            return f"{self.steps} Euler steps with guidance, {what}"
+        return f"forward, {what}"
+
+
+def as_json(case: Case) -> dict[str, Any]:
+    return asdict(case) | {"kind": "vae" if isinstance(case.network, VAEConfig) else "mmdit"}
+
+
+def from_json(values: Mapping[str, Any]) -> Case:
+    sizes: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in values["network"].items()
+    }
+    network = VAEConfig(**sizes) if values["kind"] == "vae" else MMDiTConfig(**sizes)
+    rest: dict[str, Any] = {k: v for k, v in values.items() if k not in ("kind", "network")}
+    return Case(network=network, **rest)
+
+
+# --- the tables ---------------------------------------------------------------------------------
+
+D8 = MMDiTConfig(depth=8, pos_embed_max_size=96)
+D4 = MMDiTConfig(depth=4, pos_embed_max_size=64, qk_norm=True)
+WIDE = MMDiTConfig(depth=24, pos_embed_max_size=96)
+SIZES = {"100mb": 6, "1gb": 15, "4gb": 24, "16gb": 38}  # bf16 file of a denoiser -> its depth
+# 4gb is SD3 Medium, 16gb has the size of SD3.5 Large
+
+
+def growth_cases(network: MMDiTConfig, text: int) -> tuple[Case, ...]:
+    """Points of the three studies, small enough to repeat."""
+    point = Case("", "forward", network, pixels=256, text=text, batch=1)
+    return (
+        *(
+            replace(point, name=f"resolution-{side}", pixels=side, study="resolution", at=tokens)
+            for side in (256, 384, 512)
+            for tokens in [(side // 16) ** 2 + text]
+        ),
+        *(
+            replace(point, name=f"batch-{batch}", batch=batch, study="batch", at=batch)
+            for batch in (1, 2, 4)
+        ),
+        *(
+            replace(
+                point, name=f"steps-{steps}", work="sample", steps=steps, study="steps", at=steps
+            )
+            for steps in (1, 2, 4)
+        ),
+    )
+
+
+def load_case(size: str) -> Case:
+    network = MMDiTConfig(depth=SIZES[size])
+    return Case("load", "load", network, dtype="bfloat16")
+
+
+def warm_up_case(case: Case) -> Case:
+    """The same load, small."""
+    assert isinstance(case.network, MMDiTConfig)
+    return replace(case, network=replace(case.network, depth=2, pos_embed_max_size=16))
+
+
+def all_cases(size: str) -> tuple[Case, ...]:
+    return (
+        load_case(size),
+        Case("forward", "forward", D8),
+        Case("forward-qknorm", "forward", replace(D8, qk_norm=True)),
+        Case(
+            "forward-dual",
+            "forward",
+            replace(D8, qk_norm=True, dual_attention_layers=(0, 1, 2, 3)),
+        ),
+        Case("forward-wide", "forward", WIDE, blocks=2),
+        Case("step", "sample", D8, pixels=256, batch=1, steps=1),
+        Case("sample", "sample", D8, pixels=256, batch=1, steps=8),
+        Case("decode-256", "decode", VAEConfig(), pixels=256, batch=1),
+        Case("decode-512", "decode", VAEConfig(), pixels=512, batch=1),
+        *growth_cases(D4, text=77),
+    )
+
+
+def quick_cases(size: str) -> tuple[Case, ...]:
+    """The same kinds of work, small."""
+    return (
+        load_case(size),
+        Case("forward", "forward", D4, pixels=256, text=154),
+        Case("step", "sample", D4, pixels=256, text=154, batch=1, steps=1),
+        Case("sample", "sample", D4, pixels=256, text=154, batch=1, steps=4),
+        Case("decode-64", "decode", VAEConfig(), pixels=64, batch=1),
+    )
+
+
+def choose(names: Sequence[str] = (), quick: bool = False, size: str = "100mb") -> list[Case]:
+    """The cases of these names, or all; a name also stands for all that begin with it.
+
+    size: of the file that is loaded, see SIZES.  Raises ValueError for an unknown name or size.
+    """
+    if size not in SIZES:
+        raise ValueError(f"size is {size!r}; choose one of {', '.join(SIZES)}.")
+    cases = quick_cases(size) if quick else all_cases(size)
+    for name in names:
+        if not any(stands_for(name, case) for case in cases):
+            known = ", ".join(dict.fromkeys(case.study or case.name for case in cases))
+            raise ValueError(f"there is no case {name!r}; choose from {known}.")
+    return [c for c in cases if not names or any(stands_for(name, c) for name in names)]
+
+
+def stands_for(name: str, case: Case) -> bool:
+    return name == case.name or case.name.startswith(f"{name}-")
+
+
+# --- weights and inputs -------------------------------------------------------------------------
+
+
+def write_weights(case: Case, folder: Path) -> Path:
+    """The case's network with random weights, in the released single-file layout, written once.
+
+    Beside it `<name>.config` holds what diffusers calls the network's configuration.
+    """
+    file = folder / f"{weights_name(case)}.safetensors"
+    if file.exists():
+        return file
+    prefix = (
+        "first_stage_model." if isinstance(case.network, VAEConfig) else ("model.diffusion_model.")
+    )
+    save_file({prefix + name: weight for name, weight in random_weights(case).items()}, file)
+    for name, config in diffusers_configs(case).items():
+        place = file.with_suffix(".config") / name
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    return file
+
+
+def weights_name(case: Case) -> str:
+    """Cases of one name here share a file."""
+    size = "-".join(str(value) for value in asdict(case.network).values())
+    kept = "".join(letter for letter in size if letter.isalnum() or letter in "-,")
+    return f"{type(case.network).__name__}-{kept}-{case.blocks or 'all'}-{case.dtype}"
+
+
+def empty_network(case: Case) -> nn.Module:
+    """The network on the meta device, cut to the case's blocks."""
+    with torch.device("meta"):
+        if isinstance(case.network, VAEConfig):
+            return VAE(case.network)
+        network = MMDiT(case.network)
+    cut_blocks(network, case)
+    return network
+
+
+def cut_blocks(network: Any, case: Case) -> None:
+    """Keep the first blocks and the last one: `case.blocks` in all."""
+    if case.blocks:
+        kept = [*range(case.blocks - 1), len(network.joint_blocks) - 1]
+        network.joint_blocks = nn.ModuleList(network.joint_blocks[index] for index in kept)
+
+
+def random_weights(case: Case) -> dict[str, Tensor]:
+    """Released name without prefix -> weight; scaled so that activations stay near one."""
+    draw = torch.Generator().manual_seed(0)
+    state = {}
+    for name, tensor in empty_network(case).state_dict().items():
+        normal = torch.empty(tensor.shape).normal_(generator=draw)
+        if name == "pos_embed":
+            side = round(tensor.shape[1] ** 0.5)
+            normal = position_table(tensor.shape[2], side, base=64)
+        elif tensor.ndim > 1:
+            normal *= tensor[0].numel() ** -0.5
+        elif name.endswith(".weight"):  # of a norm
+            normal = 1 + 0.1 * normal
+        else:
+            normal *= 0.1
+        state[name] = normal.to(getattr(torch, case.dtype))
+    return state
+
+
+def make_inputs(case: Case) -> dict[str, Tensor]:
+    """What every arm is given; a sampler's context and pooled are [positive, negative].
+
+    x: [B, 16, H, W] in model space; decode: latents in VAE space.
+    """
+    if case.work == "load":
+        return {}
+    size = case.network
+    channels = size.latent_channels if isinstance(size, VAEConfig) else size.in_channels
+    inputs = {"x": noise((case.batch, channels, case.pixels // 8, case.pixels // 8), seed=1)}
+    if isinstance(size, VAEConfig):
+        return inputs
+    draw = torch.Generator().manual_seed(2)
+    prompts = 2 if case.work == "sample" else case.batch
+    return inputs | {
+        "timestep": torch.linspace(900.0, 300.0, case.batch),
+        "context": torch.randn(prompts, case.text, size.context_dim, generator=draw),
+        "pooled": torch.randn(prompts, size.pooled_dim, generator=draw),
+        "sigmas": Schedule(3.0).sigmas(case.steps),
+    }
+
+
+def diffusers_configs(case: Case) -> dict[str, dict[str, Any]]:
+    """Folder -> the configuration of diffusers' network of the same size."""
+    size = case.network
+    if isinstance(size, VAEConfig):
+        levels = len(size.channels)
+        return {
+            "vae": {
+                "_class_name": "AutoencoderKL",
+                "down_block_types": ["DownEncoderBlock2D"] * levels,
+                "up_block_types": ["UpDecoderBlock2D"] * levels,
+                "block_out_channels": list(size.channels),
+                "layers_per_block": size.blocks_per_level,
+                "latent_channels": size.latent_channels,
+                "use_quant_conv": False,
+                "use_post_quant_conv": False,
+            }
+        }
+    return {
+        "transformer": {
+            "_class_name": "SD3Transformer2DModel",
+            "sample_size": 128,
+            "num_layers": case.blocks or size.depth,
+            "attention_head_dim": 64,
+            "num_attention_heads": size.num_heads,
+            "joint_attention_dim": size.context_dim,
+            "caption_projection_dim": size.hidden_size,
+            "pooled_projection_dim": size.pooled_dim,
+            "pos_embed_max_size": size.pos_embed_max_size,
+            "qk_norm": "rms_norm" if size.qk_norm else None,
+            "dual_attention_layers": list(size.dual_attention_layers),
+        }
+    }

@@ -1,0 +1,81 @@
+"""Clocks and memory of one process."""
+
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+STATUS = Path("/proc/self/status")  # Linux; elsewhere memory is not measured
+SAMPLING = 0.002  # seconds between two looks at the memory
+
+
+@dataclass(frozen=True)
+class Time:
+    """Seconds of one run: of all threads together, on the wall, and on the GPU (else None)."""
+
+    cpu: float
+    wall: float
+    gpu: float | None = None
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes; resident counts mapped files, private does not; None where it cannot be told."""
+
+    resident: int | None
+    private: int | None
+    gpu: int | None = None
+
+
+def timed(work: Callable[[], object], device: torch.device) -> Time:
+    """One run; a GPU's clock is its own events, and what it still had to do is done before."""
+    events = None
+    if device.type == "cuda":
+        events = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        torch.cuda.synchronize(device)
+    cpu, wall = time.process_time(), time.perf_counter()
+    if events:
+        events[0].record()
+    work()
+    if events:
+        events[1].record()
+        torch.cuda.synchronize(device)
+    gpu = events[0].elapsed_time(events[1]) / 1000 if events else None
+    return Time(time.process_time() - cpu, time.perf_counter() - wall, gpu)
+
+
+def memory() -> Memory:
+    """What this process holds now."""
+    if not sys.platform.startswith("linux") or not STATUS.exists():
+        return Memory(None, None)
+    lines = dict(line.split(":", 1) for line in STATUS.read_text().splitlines() if ":" in line)
+    resident, private = (int(lines[key].split()[0]) * 1024 for key in ("VmRSS", "RssAnon"))
+    return Memory(resident, private)
+
+
+def peak(work: Callable[[], object], device: torch.device) -> Memory:
+    """The most this process held during one run: all of it, not only what the run added."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    seen = [memory()]
+    done = threading.Event()
+
+    def look() -> None:
+        while not done.wait(SAMPLING):
+            seen.append(memory())
+
+    watcher = threading.Thread(target=look, daemon=True)
+    watcher.start()
+    try:
+        work()
+    finally:
+        done.set()
+        watcher.join()
+    gpu = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    if seen[0].resident is None:
+        return Memory(None, None, gpu)
+    return Memory(max(m.resident or 0 for m in seen), max(m.private or 0 for m in seen), gpu)

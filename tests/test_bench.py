@@ -1,0 +1,257 @@
+"""The bench: equality before time, and what it writes.  No test asserts a speed."""
+
+import json
+from contextlib import contextmanager
+
+import pytest
+import torch
+from sd3_pack.sd3_core.__main__ import main
+from sd3_pack.sd3_core.bench import arms, cases, report, run
+from sd3_pack.sd3_core.bench.cases import Case, as_json, choose, from_json
+from sd3_pack.sd3_core.bench.worker import Worker
+from sd3_pack.sd3_core.models.mmdit import MMDiTConfig
+from sd3_pack.sd3_core.models.vae import VAEConfig
+
+SIZE = MMDiTConfig(
+    depth=3,
+    context_dim=24,
+    pooled_dim=16,
+    pos_embed_max_size=8,
+    qk_norm=True,
+    dual_attention_layers=(0,),
+)
+FORWARD = Case("forward", "forward", SIZE, pixels=64, text=5)
+TINY = (
+    FORWARD,
+    Case("cut", "forward", SIZE, pixels=64, text=5, blocks=2),
+    Case("sample", "sample", SIZE, pixels=64, text=5, batch=1, steps=2),
+    Case("decode", "decode", VAEConfig((32, 32, 64, 64), 1), pixels=32, batch=1),
+)
+CPU = torch.device("cpu")
+
+
+class Changed(arms.Ours):
+    """Ours, but its output is changed on the way."""
+
+    def __init__(self, change):
+        super().__init__(CPU)
+        self.change = change
+
+    def prepare(self, case, file):
+        work = super().prepare(case, file)
+        return lambda given: self.change(work(given))
+
+    def load(self, case, file):
+        return {name: self.change(w) for name, w in super().load(case, file).items()}
+
+
+class Broken(arms.Ours):
+    def prepare(self, case, file):
+        raise RuntimeError("too old for this")
+
+
+class InThisProcess:
+    """A worker without a process of its own."""
+
+    def __init__(self, arm):
+        self.ask = Worker(arm).reply
+
+
+def workers(**others) -> dict[str, InThisProcess]:
+    return {name: InThisProcess(arm) for name, arm in ({"ours": arms.Ours(CPU)} | others).items()}
+
+
+@pytest.fixture
+def use(monkeypatch):
+    """use(case, arm=...): let the command run this case, with these arms beside ours."""
+
+    def replace(case: Case, **others) -> None:
+        @contextmanager
+        def started(named):
+            yield workers(**others)
+
+        monkeypatch.setattr(cases, "quick_cases", lambda size: (case,))
+        monkeypatch.setattr(run, "started", started)
+
+    return replace
+
+
+WRONG = {
+    "scaled": lambda out: out * 1.001,
+    "not a number": lambda out: out * float("nan"),
+    "of another shape": lambda out: out[..., :-1],
+}
+
+
+@pytest.mark.parametrize("change", WRONG.values(), ids=WRONG)
+def test_a_wrong_result_prints_no_time_and_fails(use, capsys, tmp_path, change):
+    use(FORWARD, good=arms.Ours(CPU), wrong=Changed(change))
+    assert main(["bench", "--quick", "--json", str(tmp_path / "out.json")]) == 1
+    said = capsys.readouterr().out.split("of the rounds.")[1]
+    assert "wrong         WRONG" in said
+    assert "wall" not in said
+    (found,) = json.loads((tmp_path / "out.json").read_text())["cases"]
+    assert not found["equal"]
+    assert found["wrong"] == ["wrong"]
+    assert all(arm["seconds"] == [] for arm in found["arms"].values())
+
+
+def test_wrong_weights_print_no_time_and_fail(use, capsys):
+    use(Case("load", "load", SIZE, dtype="bfloat16"), wrong=Changed(lambda w: w + 0.01))
+    assert main(["bench", "--quick"]) == 1
+    said = capsys.readouterr().out.split("of the rounds.")[1]
+    assert said.count("WRONG") == 2
+    assert "wall" not in said
+
+
+def test_equal_results_are_timed_in_turns(tmp_path):
+    outcome = run.run_case(FORWARD, workers(other=arms.Ours(CPU)), tmp_path, rounds=3)
+    assert not outcome.failed
+    assert {name: len(arm.seconds) for name, arm in outcome.arms.items()} == {
+        "ours": 3,
+        "other": 3,
+    }
+    _, ours, other = report.lines(outcome)
+    assert "ours takes" in other
+    assert "wall" in ours
+
+
+def test_every_round_begins_with_another_arm():
+    assert [run.turned(["a", "b", "c"], index)[0] for index in range(4)] == ["a", "b", "c", "a"]
+
+
+def test_an_arm_that_cannot_is_left_out_with_its_reason(tmp_path):
+    outcome = run.run_case(FORWARD, workers(old=Broken(CPU)), tmp_path, rounds=1)
+    assert not outcome.failed
+    assert "old           left out: RuntimeError: too old for this" in "\n".join(
+        report.lines(outcome)
+    )
+
+
+def test_without_ours_the_case_fails(tmp_path):
+    only = {"ours": InThisProcess(Broken(CPU))}
+    assert run.run_case(FORWARD, only, tmp_path, rounds=1).failed
+
+
+def test_ours_alone_runs_in_a_process_of_its_own(monkeypatch, capsys, tmp_path):
+    found = run.arms_here(run.Options(threads=1))["ours"]
+    monkeypatch.setattr(run, "arms_here", lambda options: {"ours": found})
+    load = Case("load", "load", SIZE, dtype="bfloat16")
+    monkeypatch.setattr(cases, "quick_cases", lambda size: (load, FORWARD))
+    path = tmp_path / "out.json"
+    assert main(["bench", "--quick", "--threads", "1", "--rounds", "2", "--json", str(path)]) == 0
+    assert capsys.readouterr().out.count("nothing here to compare with") == 3
+    written = json.loads(path.read_text())
+    assert written["format"] == 1
+    assert written["surroundings"]["threads"] == 1
+    assert [(c["name"], c["part"]) for c in written["cases"]] == [
+        ("load", "call"),
+        ("load", "touched"),
+        ("forward", ""),
+    ]
+    for case in written["cases"]:
+        assert set(case) >= {"case", "equal", "arms", "largest_value", "left_out", "wrong"}
+        assert len(case["arms"]["ours"]["seconds"]) == 2
+        assert from_json(case["case"]) in (load, FORWARD)
+
+
+@pytest.mark.parametrize("case", TINY, ids=lambda case: case.name)
+def test_diffusers_does_the_same_work(case, tmp_path):
+    pytest.importorskip("diffusers")
+    outcome = run.run_case(case, workers(diffusers=arms.Diffusers(CPU)), tmp_path, rounds=1)
+    assert not outcome.left_out
+    assert not outcome.wrong
+
+
+def test_diffusers_loads_the_same_weights(tmp_path):
+    pytest.importorskip("diffusers")
+    case = Case("load", "load", SIZE, dtype="bfloat16")
+    file = cases.write_weights(case, tmp_path)
+    request = {"do": "load", "with": {"case": as_json(case), "file": str(file)}}
+    both = workers(diffusers=arms.Diffusers(CPU))
+    answers = {name: worker.ask(request) for name, worker in both.items()}
+    outcome = run.load_outcome(case, "touched", [answers])
+    assert not outcome.left_out
+    assert not outcome.wrong
+
+
+@pytest.mark.parametrize("size", cases.SIZES)
+def test_cases_survive_the_way_to_their_worker(size):
+    for case in (*cases.all_cases(size), *cases.quick_cases(size), *TINY):
+        assert from_json(json.loads(json.dumps(as_json(case)))) == case
+
+
+def test_the_4gb_file_is_sd3_mediums():
+    assert cases.load_case("4gb").network == MMDiTConfig(depth=24)
+
+
+def test_a_name_stands_for_its_family():
+    assert [case.name for case in choose(["steps", "decode-256"])] == [
+        "decode-256",
+        "steps-1",
+        "steps-2",
+        "steps-4",
+    ]
+
+
+def test_names_of_cases_are_unique():
+    names = [case.name for case in choose()]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["forwards"], "there is no case 'forwards'; choose from load, forward"),
+        (["--size", "5gb"], "size is '5gb'; choose one of 100mb"),
+        (["--reference", "nowhere"], "nowhere: holds no mmditx.py"),
+    ],
+)
+def test_what_cannot_be_is_one_sentence(arguments, said, capsys):
+    assert main(["bench", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_a_plot_without_matplotlib_is_refused_before_anything_runs(monkeypatch, capsys):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    assert main(["bench", "--plot", "out.png"]) == 2
+    captured = capsys.readouterr()
+    assert "pip install matplotlib" in captured.err
+    assert captured.out == ""
+
+
+def test_a_plot_is_drawn(tmp_path):
+    pytest.importorskip("matplotlib")
+    outcomes = [timed_case(f"resolution-{n}", n, n**2.0, 3 * n**2.0) for n in (1, 2, 4)]
+    report.plot(tmp_path / "out.png", outcomes)
+    assert (tmp_path / "out.png").stat().st_size > 1000
+
+
+def timed_case(name: str, at: float, ours: float, theirs: float) -> run.Outcome:
+    case = Case(name, "forward", SIZE, study=name.partition("-")[0], at=at)
+    measured = {"ours": run.Measured(0.0, [ours], [ours]), "b": run.Measured(0.0, [theirs])}
+    return run.Outcome(case, arms=measured)
+
+
+def test_growth_is_the_slope_of_the_logarithms():
+    points = [(size, 0.5 * size**1.7) for size in (100.0, 200.0, 400.0)]
+    assert report.growth("resolution", "ours", points).exponent == pytest.approx(1.7)
+
+
+def test_steps_have_a_fixed_cost_and_one_each():
+    found = report.growth("steps", "ours", [(1, 2.5), (2, 3.0), (4, 4.0)])
+    assert (found.fixed, found.each) == (pytest.approx(2.0), pytest.approx(0.5))
+
+
+def test_growth_is_found_for_every_arm_of_a_study():
+    outcomes = [timed_case(f"batch-{n}", n, 2.0 * n, 3.0 * n) for n in (1, 2, 4)]
+    found = report.growths(outcomes)
+    assert [(one.study, one.arm) for one in found] == [("batch", "ours"), ("batch", "b")]
+    assert all(one.exponent == pytest.approx(1.0) for one in found)
+
+
+def test_the_ratio_is_ours_over_theirs_round_by_round():
+    outcome = timed_case("forward", 1, 1.0, 2.0)
+    outcome.arms["ours"].seconds = [1.0, 2.0, 9.0]
+    outcome.arms["b"].seconds = [2.0, 2.0, 10.0]
+    assert report.ratio(outcome, "b") == report.Ratio(0.9, 0.5, 1.0)
