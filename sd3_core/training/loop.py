@@ -19,20 +19,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError, NumericalError
+from ..errors import CheckpointError
 from .config import LoopConfig
 from .curve import draw_curve
 from .distributed import ALONE, World
-from .optimizers import (
-    Average,
-    Parameters,
-    learning_rate,
-    make_optimizer,
-    optimizer_state,
-    restore_optimizer,
-    swapped,
-)
-from .run import Run, State
+from .learner import Best, Learner, diverged
+from .optimizers import Parameters, learning_rate, swapped
+from .run import Run
 
 TIMED_STEPS = 3  # after which the remaining time is told
 
@@ -90,98 +83,12 @@ class Outcome:
     folder: Path
 
 
-@dataclass(frozen=True)
-class Best:
-    """The measurement with the lowest validation loss."""
-
-    step: int
-    loss: float
-
-
 OnStep = Callable[[Progress], None]  # what it raises stops the run, after it is saved
 OnNote = Callable[[str], None]  # receives sentences for the user
 
 
 def ignore(_: object) -> None:
     """The listener that is used when there is none."""
-
-
-class Learner:
-    """What is trained, and all that its next step depends on."""
-
-    def __init__(self, parameters: Parameters, config: LoopConfig):
-        self.parameters = dict(parameters)
-        self.config = config
-        self.optimizer = make_optimizer(self.parameters, config)
-        self.average = Average(self.parameters, config.ema) if config.ema else None
-        self.step = 0  # steps done
-        self.best: Best | None = None
-        self.looked = False  # whether what is due at this step is done: measured, drawn, exported
-        self.whole = True  # False while an update is under way: then nothing may be saved
-
-    def state(self) -> State:
-        """This moment."""
-        tensors = {f"trained/{name}": p.detach() for name, p in self.parameters.items()}
-        if self.average is not None:
-            tensors |= {f"average/{name}": t for name, t in self.average.tensors.items()}
-        memory, numbers = optimizer_state(self.optimizer, list(self.parameters))
-        tensors |= {f"optimizer/{name}": tensor for name, tensor in memory.items()}
-        best = None if self.best is None else [self.best.step, self.best.loss]
-        return State(
-            self.step, tensors, {"optimizer": numbers, "best": best, "looked": self.looked}
-        )
-
-    @torch.no_grad()
-    def restore(self, state: State) -> None:
-        """Back to a moment.  Raises CheckpointError when the state is of something else."""
-        self.whole = False
-        groups: dict[str, dict[str, Tensor]] = {"trained": {}, "average": {}, "optimizer": {}}
-        for full, tensor in state.tensors.items():
-            group, _, name = full.partition("/")
-            groups[group][name] = tensor
-        self._fill(self.parameters, groups["trained"])
-        if self.average is not None:
-            self._fill(self.average.tensors, groups["average"])
-        restore_optimizer(
-            self.optimizer, list(self.parameters), groups["optimizer"], state.values["optimizer"]
-        )
-        self.step = state.step
-        self.best = Best(*state.values["best"]) if state.values["best"] else None
-        self.looked = state.values["looked"]
-        self.whole = True
-
-    @staticmethod
-    def _fill(ours: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
-        shapes = {name: tensor.shape for name, tensor in ours.items()}
-        if shapes != {name: tensor.shape for name, tensor in stored.items()}:
-            raise CheckpointError("the saved state belongs to another network or another LoRA.")
-        for name, tensor in ours.items():
-            tensor.copy_(stored[name])
-
-    def update(self) -> float:
-        """One step along the gradients; returns their norm.  NumericalError unless it is finite."""
-        trained = list(self.parameters.values())
-        limit = self.config.clip or math.inf
-        norm = float(torch.nn.utils.clip_grad_norm_(trained, limit))
-        if not math.isfinite(norm):
-            raise NumericalError(_diverged(self.step, "gradient"))
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, self.step)
-        self.whole = False
-        self.optimizer.step()
-        self.step += 1
-        self.looked = False
-        if self.average is not None:
-            self.average.update(self.parameters, self.step)
-        self.whole = True
-        return norm
-
-
-def _diverged(step: int, what: str) -> str:
-    return (
-        f"the {what} of step {step + 1} is NaN or infinite. Lower learning_rate or clip, compute "
-        "in bf16 or fp32, or look at the pictures of this batch; earlier states are kept."
-    )
 
 
 def fit(
@@ -265,7 +172,7 @@ class Session:
         values = numbers.tolist()
         logs = dict(zip(names, values, strict=False))
         if not math.isfinite(logs["loss"]):
-            raise NumericalError(_diverged(step, "loss"))
+            raise diverged(step, "loss")
         norm = learner.update()
         rate = learning_rate(self.config, step)
         if world.first:
