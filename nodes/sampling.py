@@ -8,7 +8,7 @@ import copy
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
@@ -35,7 +35,7 @@ from ..sd3_core.schedule import (
     per_image,
 )
 from ._compat import advanced, fix_empty_latent, inference_dtype, intermediate_dtype, schema
-from .errors import NodeError, coded
+from .errors import coded
 from .progress import Callback, Meter, check_finite, step_reporter
 from .wires import (
     CATEGORY,
@@ -219,6 +219,17 @@ def walk(
 
 
 @dataclass(frozen=True)
+class Guidance:
+    """How a run is guided; spans are parts of the run, 0 to 1."""
+
+    cfg: float
+    span: tuple[float, float]  # in which cfg holds
+    skip_scale: float  # of skip-layer guidance; 0: off
+    skip_layers: tuple[int, ...]
+    skip_span: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class Run:
     """A run with nothing left to decide."""
 
@@ -323,28 +334,24 @@ class SD3Sample(io.ComfyNode):
         cfg_start_percent: float = 0.0,
         cfg_end_percent: float = 1.0,
     ) -> io.NodeOutput:
-        skip_span, cfg_span = (
-            (slg_start_percent, slg_end_percent),
-            (
-                cfg_start_percent,
-                cfg_end_percent,
-            ),
+        guidance = Guidance(
+            cfg=cfg,
+            span=(cfg_start_percent, cfg_end_percent),
+            skip_scale=slg_scale,
+            skip_layers=parse_layers(slg_layers) if slg_scale else (),
+            skip_span=(slg_start_percent, slg_end_percent),
         )
         samples = check_inputs(model, positive, negative, latent_image)
         with coded("bad_setting"):
-            layers = parse_layers(slg_layers) if slg_scale else ()
-            run = prepare(model, sigmas, sampler_name, cfg_span, layers, slg_scale, skip_span)
+            run = prepare(model, sigmas, sampler_name, guidance)
             start_noise = noise(samples.shape, seed, latent_image.get("batch_index"))
         run.guider.set_conds(positive, negative)
-        run.guider.set_cfg(cfg)
         meter = Meter(run.model.load_device)
         x0 = draw(run, samples, start_noise, latent_image.get("noise_mask"), sigmas, seed)
         contents = {
             "sampler": sampler_name,
             "seed": seed,
-            "cfg": cfg,
-            "cfg_percent": list(cfg_span),
-            "skip_layers": {"scale": slg_scale, "layers": layers, "percent": list(skip_span)},
+            "guidance": asdict(guidance),
             "shift": run.shift,
             "sigmas": finite_list(sigmas, 1e6),
             "latent": list(x0.shape),
@@ -413,31 +420,30 @@ def check_inputs(model: Any, positive: Any, negative: Any, latent: dict[str, Any
     return samples
 
 
-def prepare(
-    model: Any,
-    sigmas: Tensor,
-    sampler_name: str,
-    cfg_span: tuple[float, float],
-    layers: tuple[int, ...],
-    slg_scale: float,
-    skip_span: tuple[float, float],
-) -> Run:
+def prepare(model: Any, sigmas: Tensor, sampler_name: str, guidance: Guidance) -> Run:
     """Raises ValueError for settings that cannot be."""
     if sampler_name not in SAMPLERS:
-        raise NodeError("bad_setting", f"sampler_name is {sampler_name!r}: {', '.join(SAMPLERS)}.")
+        raise ValueError(f"sampler_name is {sampler_name!r}; choose one of {', '.join(SAMPLERS)}.")
     shifted, shift, notes = with_shift_of(sigmas, model)
-    schedule = Schedule(shift)
-    check_layers(layers, len(model.model.diffusion_model.joint_blocks))
-    skip = SkipLayers(layers, slg_scale, schedule.window(*skip_span)) if slg_scale else None
     dtype = inference_dtype(model.model)
     return Run(
         model=shifted,
-        guider=SD3Guider(shifted, schedule.window(*cfg_span), skip),
+        guider=make_guider(shifted, guidance, Schedule(shift)),
         sampler=comfy.samplers.KSAMPLER(partial(walk, sampler_name, dtype)),
         shift=shift,
         dtype=dtype,
         notes=notes,
     )
+
+
+def make_guider(model: Any, guidance: Guidance, schedule: Schedule) -> SD3Guider:
+    """schedule: the one by which percents of the run are noise levels."""
+    check_layers(guidance.skip_layers, len(model.model.diffusion_model.joint_blocks))
+    window = schedule.window(*guidance.skip_span)
+    skip = SkipLayers(guidance.skip_layers, guidance.skip_scale, window)
+    guider = SD3Guider(model, schedule.window(*guidance.span), skip)
+    guider.set_cfg(guidance.cfg)
+    return guider
 
 
 def draw(
