@@ -24,6 +24,7 @@ from ..models.mmdit import MMDiT, MMDiTConfig
 from ..models.onednn import Ops
 from ..models.vae import VAEConfig, to_model_space
 from ..samplers import euler
+from . import training
 from .cases import CFG, Case, cut_blocks
 
 Inputs = Mapping[str, Tensor]
@@ -56,6 +57,8 @@ class Ours:
         if case.work == "decode":
             vae = load_vae(file, dtype=torch.float32, device=self.device)
             return lambda given: vae.decode(given["x"])
+        if case.work == "train":
+            return training.Ours(case, file, self.device)
         model = self._denoiser(case, file)
         if case.work == "sample":
             return lambda given: euler(
@@ -94,6 +97,8 @@ class Diffusers:
             vae = vae.to(self.device).eval()
             return lambda given: vae.decode(given["x"]).sample
         model = self._denoiser(file, torch.float32)
+        if case.work == "train":
+            return training.Diffusers(case, model)
         if case.work == "sample":
             return self._sampling(model)
         return lambda given: model(
@@ -169,6 +174,8 @@ class ComfyUI:
         if case.blocks:
             return self._forward(self._cut(case, file))
         patcher = self._patcher(file, torch.float32)
+        if case.work == "train":
+            return training.ComfyUI(case, patcher)
         if case.work == "sample":
             return lambda given: self._sample(patcher, given)
         return self._forward(patcher.model.diffusion_model)
@@ -246,6 +253,8 @@ class Reference:
             decoder.load_state_dict(stored(file, f"{VAE_PREFIX}decoder.", self.device))
             decoder = decoder.to(self.device).eval()
             return lambda given: decoder(given["x"])
+        if case.work == "train":
+            raise NotImplementedError("it has no trainer")
         model = self._denoiser(case, file)
         if case.work == "sample":
             return lambda given: self._sample(model, given)

@@ -16,10 +16,11 @@ from ..noise import noise
 from ..schedule import Schedule
 
 CFG = 4.5
-WORK = ("load", "forward", "sample", "decode")
+WORK = ("load", "forward", "sample", "decode", "train")
 # Two orders of the same float32 sums part by this much of the largest value: ten times what was
 # seen between the four implementations.  A sampler carries each step's difference into the next.
-TOLERANCE = {"load": 1e-6, "forward": 2e-5, "sample": 2e-4, "decode": 5e-5}
+# A training's losses are compared step by step.
+TOLERANCE = {"load": 1e-6, "forward": 2e-5, "sample": 2e-4, "decode": 5e-5, "train": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Case:
     steps: int = 1
     blocks: int | None = None  # so many of the network's blocks, the last one among them
     dtype: str = "float32"
+    recompute: bool = False  # gradient checkpointing
     study: str = ""
     at: float = 0.0
 
@@ -59,6 +61,9 @@ class Case:
         what += f", {tokens} + {self.text} tokens, batch {self.batch}, {self.dtype}"
         if self.work == "sample":
             return f"{self.steps} Euler steps with guidance, {what}"
+        if self.work == "train":
+            again = ", gradient checkpointing" if self.recompute else ""
+            return f"{self.steps} LoRA training steps, {what}{again}"
         return f"forward, {what}"
 
 
@@ -106,6 +111,15 @@ def growth_cases(network: MMDiTConfig, text: int) -> tuple[Case, ...]:
     )
 
 
+def train_cases(network: MMDiTConfig, text: int) -> tuple[Case, ...]:
+    """Without and with gradient checkpointing.
+
+    Batch 1: ComfyUI's trainer computes each sample of a larger batch under every prompt of it.
+    """
+    plain = Case("train", "train", network, pixels=256, text=text, batch=1, steps=4)
+    return plain, replace(plain, name="train-recompute", recompute=True)
+
+
 def load_case(size: str) -> Case:
     network = MMDiTConfig(depth=SIZES[size])
     return Case("load", "load", network, dtype="bfloat16")
@@ -132,6 +146,7 @@ def all_cases(size: str) -> tuple[Case, ...]:
         Case("sample", "sample", D8, pixels=256, batch=1, steps=8),
         Case("decode-256", "decode", VAEConfig(), pixels=256, batch=1),
         Case("decode-512", "decode", VAEConfig(), pixels=512, batch=1),
+        *train_cases(D8, text=333),
         *growth_cases(D4, text=77),
     )
 
@@ -144,6 +159,7 @@ def quick_cases(size: str) -> tuple[Case, ...]:
         Case("step", "sample", D4, pixels=256, text=154, batch=1, steps=1),
         Case("sample", "sample", D4, pixels=256, text=154, batch=1, steps=4),
         Case("decode-64", "decode", VAEConfig(), pixels=64, batch=1),
+        *train_cases(replace(D4, qk_norm=False), text=154),
     )
 
 
@@ -243,6 +259,8 @@ def make_inputs(case: Case) -> dict[str, Tensor]:
     inputs = {"x": noise((case.batch, channels, case.pixels // 8, case.pixels // 8), seed=1)}
     if isinstance(size, VAEConfig):
         return inputs
+    if case.work == "train":
+        inputs["noise"] = noise(inputs["x"].shape, seed=4)
     draw = torch.Generator().manual_seed(2)
     prompts = 2 if case.work == "sample" else case.batch
     return inputs | {

@@ -67,20 +67,32 @@ def wrong_lines(outcome: Outcome) -> Iterator[str]:
 
 def time_columns(outcome: Outcome, arm: str, measured: Measured) -> str:
     columns = [f"{median(measured.seconds):8.3f} s", f"wall {min(measured.wall):8.3f} s"]
-    held = measured.memory.get("gpu") or measured.memory.get("private")
+    training = outcome.case.work == "train"
+    held = measured.memory.get("gpu") or measured.memory.get("grown" if training else "private")
     columns.append(f"{held / 1e6:7.0f} MB" if held else " " * 10)
+    if training:
+        columns.append(f"{outcome.case.steps / median(measured.seconds):6.2f} steps/s")
+        columns.append(f"trains {measured.trained or 0:,}")
     if arm != OURS:
         compared = ratio(outcome, arm)
         columns.append(
             f"ours takes {compared.median:.2f} of it [{compared.lowest:.2f}-{compared.highest:.2f}]"
         )
-        columns.append(f"max |diff| {measured.difference:.1e}")
+        columns.append(
+            "a loss of its own (x0): finite"
+            if measured.difference is None
+            else f"max |diff| {measured.difference:.1e}"
+        )
     return "  ".join(columns)
 
 
 def legend(surroundings: Mapping[str, Any]) -> str:
     clock = "CPU time of all threads" if surroundings["device"] == "cpu" else "GPU time"
-    held = "memory private to the process" if clock.startswith("CPU") else "allocated GPU memory"
+    held = (
+        "private memory of the process (train: its growth)"
+        if clock.startswith("CPU")
+        else "allocated GPU memory"
+    )
     return (
         f"Columns: {clock}, median of {surroundings['rounds']} interleaved rounds; shortest wall "
         f"time; most {held}; our time over theirs, median [range] of the rounds."

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .arms import Arm, Inputs, Work, make_arm
 from .cases import from_json
-from .measure import Time, memory, peak, timed
+from .measure import Time, give_back_memory, memory, peak, timed
 
 PACK = Path(__file__).resolve().parent.parent.parent
 
@@ -73,14 +73,21 @@ class Worker:
         self.work = None  # the last case's network leaves before the next one comes
         self.inputs = {k: v.to(self.device) for k, v in load_file(inputs).items()}
         self.work = self.arm.prepare(from_json(case), Path(file))
-        save_file({"output": self.work(self.inputs).float().cpu().contiguous()}, output)
-        return {}
+        results: list[Tensor] = []
+        give_back_memory()
+        loaded = memory()
+        first = peak(lambda: results.append(self._result()), self.device)
+        save_file({"output": results[0].float().cpu().contiguous()}, output)
+        grown = None
+        if first.private is not None and loaded.private is not None:
+            grown = first.private - loaded.private
+        return {"trained": getattr(self.work, "trained", None), "grown": grown}
 
     def run(self) -> dict[str, Any]:
-        return {"time": asdict(timed(self._once, self.device))}
+        return {"time": asdict(timed(self._result, self.device))}
 
     def peak(self) -> dict[str, Any]:
-        return {"memory": asdict(peak(self._once, self.device))}
+        return {"memory": asdict(peak(self._result, self.device))}
 
     def load(self, case: dict[str, Any], file: str) -> dict[str, Any]:
         """Load a file; then read every weight once, as a copy to another device would."""
@@ -98,9 +105,9 @@ class Worker:
             "sums": sums(weights),
         }
 
-    def _once(self) -> None:
+    def _result(self) -> Tensor:
         assert self.work is not None
-        self.work(self.inputs)
+        return self.work(self.inputs)
 
 
 def copy_each(weights: Mapping[str, Tensor]) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from .. import lora
+from ..checkpoints.layouts import Component
 from ..checkpoints.load import component_of, load_mmdit
 from ..lora import TrainableLoRA
 from ..models.mmdit import MMDiT
@@ -165,17 +166,9 @@ def make_task(
     place: Place,
     pictures: SamplePictures | None,
 ) -> FlowTask:
-    """The network on its device, with what is trained of it."""
+    """What the loop is given: the network, its samples and its loss."""
     part = component_of(config.mmdit or subject.parts["mmdit"], "mmdit")
-    adapters = None
-    if config.method == "lora":
-        model = load_mmdit(part, dtype=place.dtype, device=place.device)
-        adapters = add_lora(model, config)
-    else:
-        model = load_to_train(part, place.device)
-        _settle_qk_norm(model, config)
-    if config.gradient_checkpointing:
-        recompute_blocks(model, random=config.lora_dropout > 0)
+    model, adapters = network_to_train(part, config, place)
     return FlowTask(
         model,
         adapters,
@@ -187,6 +180,22 @@ def make_task(
         lambda step: metadata(config, subject, cache, step),
         **({} if pictures is None else {"draw_samples": pictures.draw}),
     )
+
+
+def network_to_train(
+    part: Component, config: TrainConfig, place: Place
+) -> tuple[MMDiT, TrainableLoRA | None]:
+    """The network on its device; the LoRA on it, unless the network itself is trained."""
+    adapters = None
+    if config.method == "lora":
+        model = load_mmdit(part, dtype=place.dtype, device=place.device)
+        adapters = add_lora(model, config)
+    else:
+        model = load_to_train(part, place.device)
+        _settle_qk_norm(model, config)
+    if config.gradient_checkpointing:
+        recompute_blocks(model, random=config.lora_dropout > 0)
+    return model, adapters
 
 
 def add_lora(model: MMDiT, config: TrainConfig) -> TrainableLoRA:
