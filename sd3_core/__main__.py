@@ -4,6 +4,7 @@ import argparse
 import re
 import secrets
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,17 +25,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped; nothing was written.", file=sys.stderr)
+        print("stopped.", file=sys.stderr)
         return 130
-    except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         print(
-            "error: the device's memory is full. Draw smaller or fewer pictures (--width, "
-            "--height, --batch), or compute on the CPU (--device cpu).",
+            "error: the memory is full. Draw smaller or fewer pictures (--width, --height, "
+            "--batch), close other programs, or compute on another device (--device cpu).",
             file=sys.stderr,
         )
         return 2
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Of torch's devices each has its own words for it."""
+    words = ("out of memory", "can't allocate memory", "not enough memory")
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,6 +93,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--height", type=int)
     add("--batch", type=int, default=1, help="pictures at once")
     add("--seed", type=int, help="default: drawn by chance, and stored in the picture")
+    add("--seed-each", action="store_true", help="picture i of a batch as if alone with seed + i")
     add("--init", type=Path, metavar="PICTURE", help="start from this picture (see --denoise)")
     add("--mask", type=Path, metavar="PICTURE", help="white is drawn anew, black is kept")
     add("--denoise", type=float, default=1.0, help="how much of --init is redrawn, 0 to 1")
@@ -95,8 +103,8 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--cfg-start", type=float, default=0.0, help="guide from this part of the run, 0 to 1")
     add("--cfg-end", type=float, default=1.0)
     add("--shift", help="a number, or auto: the model's own, scaled to the picture's size")
-    add("--scheduler", help="normal, simple, sgm_uniform, beta")
-    add("--sampler", help="euler, heun, dpmpp_2m")
+    add("--scheduler", metavar="NAME", help="such as normal; a wrong name lists them all")
+    add("--sampler", metavar="NAME", help="such as dpmpp_2m; a wrong name lists them all")
     add("--skip-scale", type=float, default=0.0, help="skip-layer guidance (SD3.5 Medium: 2.5)")
     add("--skip-layers", type=block_list, metavar="7,8,9")
     add("--skip-start", type=float)
@@ -179,6 +187,7 @@ def run_generate(options: argparse.Namespace) -> int:
         width=options.width,
         height=options.height,
         batch=options.batch,
+        seed_each=options.seed_each,
         seed=secrets.randbelow(2**32) if options.seed is None else options.seed,
         steps=options.steps,
         cfg=options.cfg,
@@ -294,7 +303,7 @@ def run_train(options: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         return 130
     except RuntimeError as error:
-        if "out of memory" not in str(error).lower():
+        if not is_out_of_memory(error):
             raise
         raise ValueError(
             "the device's memory is full. Try gradient_checkpointing = true, a smaller batch_size "
@@ -337,10 +346,16 @@ def output_files(asked: Path | None, batch: int) -> list[Path]:
         taken = (re.fullmatch(r"sd3_(\d+)(-\d+)?\.png", path.name) for path in Path().iterdir())
         number = 1 + max((int(name[1]) for name in taken if name), default=0)
         asked = Path(f"sd3_{number:04}.png")
+    if asked.is_dir():
+        raise ValueError(f"{asked}: is a folder; name a picture in it.")
     if asked.suffix.lower() != ".png":
-        raise ValueError(f"{asked}: pictures are written as PNG; name it {asked.stem}.png.")
+        raise ValueError(f"{asked}: pictures are written as PNG; give a name that ends in .png.")
     if not asked.parent.is_dir():
         raise ValueError(f"{asked.parent}: there is no such folder to write {asked.name} into.")
+    try:
+        tempfile.TemporaryFile(dir=asked.parent).close()
+    except OSError as error:
+        raise ValueError(f"{asked}: cannot be written ({error.strerror or error}).") from error
     if batch <= 1:
         return [asked]
     return [asked.with_stem(f"{asked.stem}-{index}") for index in range(1, batch + 1)]
@@ -349,7 +364,10 @@ def output_files(asked: Path | None, batch: int) -> list[Path]:
 def lora_strength(text: str) -> tuple[Path, float]:
     """ "style.safetensors=0.8" -> (path, strength)."""
     path, equals, strength = text.rpartition("=")
-    return (Path(path), float(strength)) if equals else (Path(text), 1.0)
+    try:
+        return (Path(path), float(strength)) if equals else (Path(text), 1.0)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give PATH or PATH=0.8") from error
 
 
 def setting(text: str) -> tuple[str, object]:
@@ -365,7 +383,10 @@ def setting(text: str) -> tuple[str, object]:
 
 def block_list(text: str) -> tuple[int, ...]:
     """ "7,8,9" -> (7, 8, 9)."""
-    return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
+    try:
+        return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: give block numbers such as 7,8,9") from error
 
 
 def progress():

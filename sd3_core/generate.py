@@ -9,7 +9,7 @@ import hashlib
 import platform
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,14 +26,16 @@ from .models.clip import CLIPTextModel
 from .models.mmdit import MMDiT
 from .models.t5 import T5Encoder
 from .models.vae import to_model_space, to_vae_space
-from .noise import noise
-from .pictures import read_image, read_mask, to_uint8
-from .precision import check_finite
+from .noise import noise, noise_per_image
+from .pictures import read_image, read_mask, to_levels, to_uint8
+from .precision import check_finite, dtype_name, processor_name
 from .samplers import SAMPLERS, OnStep, Step
 from .schedule import add_noise
 from .settings import Files, Plan, Settings, chosen_paths, make_plan
 from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
 from .text.vocabularies import find_tokenizers, pack_tokenizers
+
+FORMAT = 1  # of the record in a PNG; another number says that older programs cannot read it
 
 Network = TypeVar("Network", bound=nn.Module)
 
@@ -60,10 +62,13 @@ def generate(files: Files, settings: Settings, on_step: OnStep | None = None) ->
         positive, negative = encode_prompts(files, plan)
         start = start_latents(plan)
         x0 = sample(plan, positive, negative, start, on_step)
-        images = decode(plan, x0)
+        pixels = keep_masked(to_uint8(decode(plan, x0)), plan)
     said = (str(warning.message) for warning in warned if warning.category is UserWarning)
-    notes = dict.fromkeys((*said, *positive.notes, *negative.notes))
-    return Result(to_uint8(images), record, positive.tokens, tuple(notes))
+    about_negative = (
+        f"negative prompt: {note}" for note in negative.notes if note not in positive.notes
+    )
+    notes = dict.fromkeys((*said, *positive.notes, *about_negative))
+    return Result(pixels, record, positive.tokens, tuple(notes))
 
 
 def encode_prompts(files: Files, plan: Plan) -> tuple[EncodedPrompt, EncodedPrompt]:
@@ -188,13 +193,20 @@ def sample_with(
         window=schedule.window(wanted.cfg_start, wanted.cfg_end),
         skip=plan.skip,
     )
-    start_noise = noise(plan.latent_shape, wanted.seed).to(plan.device)
+    start_noise = starting_noise(plan).to(plan.device)
     if wanted.mask is not None:
         mask = latent_mask(read_mask(wanted.mask, plan.width, plan.height), start)
         velocity = inpaint(velocity, start, start_noise, mask)
     x = add_noise(start, start_noise, plan.sigmas[:1])
     x0 = SAMPLERS[plan.sampler](velocity, x, plan.sigmas, watched(on_step, plan.dtype))
     return check_finite(x0, "the MMDiT", plan.dtype)
+
+
+def starting_noise(plan: Plan) -> Tensor:
+    if not plan.settings.seed_each:
+        return noise(plan.latent_shape, plan.settings.seed)
+    batch = plan.latent_shape[0]
+    return noise_per_image(plan.latent_shape, [plan.settings.seed + i for i in range(batch)])
 
 
 def watched(on_step: OnStep | None, dtype: torch.dtype) -> OnStep:
@@ -210,19 +222,20 @@ def watched(on_step: OnStep | None, dtype: torch.dtype) -> OnStep:
 
 
 def decode(plan: Plan, x0: Tensor) -> Tensor:
-    """Latents in model space -> images [B, 3, H, W] in -1..1, one after the other to save memory.
-
-    What a mask keeps are the picture's own pixels, not what the VAE makes of them.
-    """
+    """Latents in model space -> images [B, 3, H, W] in -1..1; one at a time, to save memory."""
     vae = load_vae(plan.parts["vae"], dtype=plan.wide_dtype, device=plan.device)
     latents = to_vae_space(x0).to(plan.wide_dtype)
     images = torch.cat([vae.decode(latent[None]).float() for latent in latents])
-    check_finite(images, "the VAE's decoder", plan.wide_dtype)
+    return check_finite(images, "the VAE's decoder", plan.wide_dtype)
+
+
+def keep_masked(pixels: Tensor, plan: Plan) -> Tensor:
+    """uint8 [B, H, W, 3] with the picture's own pixels where the mask keeps them."""
     if plan.settings.init is None or plan.settings.mask is None:
-        return images
-    original = read_image(plan.settings.init, plan.width, plan.height).to(plan.device)
-    mask = read_mask(plan.settings.mask, plan.width, plan.height).to(plan.device)[:, None]
-    return images * mask + original * (1 - mask)
+        return pixels
+    original = to_levels(read_image(plan.settings.init, plan.width, plan.height))
+    mask = read_mask(plan.settings.mask, plan.width, plan.height)[..., None]
+    return (pixels * mask + original * (1 - mask)).round().to(torch.uint8)
 
 
 def make_record(files: Files, plan: Plan) -> dict[str, Any]:
@@ -235,15 +248,15 @@ def make_record(files: Files, plan: Plan) -> dict[str, Any]:
         if path is not None:
             fingerprints[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
     return {
-        "format": 1,
-        "settings": _as_json(asdict(plan.settings)),
+        "format": FORMAT,
+        "settings": _as_json(asdict(replace(plan.settings, dtype=dtype_name(plan.dtype)))),
         "files": _as_json(chosen_paths(files)),
         "loras": [[path.as_posix(), strength] for path, strength in files.loras],
         "fingerprints": fingerprints,
         "surroundings": {
             "torch": str(torch.__version__),
             "device": plan.device.type,
-            "dtype": str(plan.dtype).removeprefix("torch."),
+            "processor": processor_name(plan.device),
             "threads": torch.get_num_threads(),
             "machine": platform.machine(),
         },

@@ -7,10 +7,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageOps, PngImagePlugin
 from torch import Tensor
 
 from .checkpoints.save import save_bytes
+from .decode import Upright, decode
 
 SETTINGS_KEY = "sd3_workbench"  # the PNG text chunk
 
@@ -21,21 +22,17 @@ def to_uint8(images: Tensor) -> Tensor:
     return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu()
 
 
-def open_picture(path: str | Path) -> Image.Image:
-    """The picture, turned upright by its EXIF.  Raises ValueError when it cannot be read."""
-    try:
-        with Image.open(path) as picture:
-            picture.load()
-            return ImageOps.exif_transpose(picture)
-    except FileNotFoundError as error:
-        raise ValueError(f"{path}: there is no such picture.") from error
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{path}: cannot be read as a picture ({error}).") from error
+def to_levels(images: Tensor) -> Tensor:
+    """[B, 3, H, W] in -1..1 -> float [B, H, W, 3] in 0..255: the inverse of read_image."""
+    return ((images + 1) * 127.5).round().permute(0, 2, 3, 1)
 
 
 def read_image(path: str | Path, width: int, height: int) -> Tensor:
-    """A picture scaled to cover width x height and cut around its centre: [1, 3, H, W] in -1..1."""
-    picture = ImageOps.fit(_flat_rgb(open_picture(path)), (width, height), Image.Resampling.LANCZOS)
+    """A picture scaled to cover width x height and cut around its centre: [1, 3, H, W] in -1..1.
+
+    Transparency lies on white.  Raises ValueError when it cannot be read.
+    """
+    picture = ImageOps.fit(_read(path).on("white"), (width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32).copy())
     return pixels.permute(2, 0, 1)[None] / 127.5 - 1
 
@@ -43,22 +40,26 @@ def read_image(path: str | Path, width: int, height: int) -> Tensor:
 def read_mask(path: str | Path, width: int, height: int) -> Tensor:
     """A mask, cut like its picture: [1, H, W] in 0..1, white where something new is drawn.
 
-    A picture with transparency is its own mask: what is transparent is drawn anew.
+    A picture with transparent parts is its own mask: they are drawn anew.
     """
-    picture = open_picture(path)
-    if "A" in picture.getbands():
-        picture = ImageOps.invert(picture.getchannel("A"))
-    picture = ImageOps.fit(picture.convert("L"), (width, height), Image.Resampling.BILINEAR)
-    return torch.from_numpy(np.asarray(picture, dtype=np.float32).copy())[None] / 255
+    picture = _read(path)
+    mask = picture.colour if picture.alpha is None else ImageOps.invert(picture.alpha)
+    mask = ImageOps.fit(mask.convert("L"), (width, height), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.asarray(mask, dtype=np.float32).copy())[None] / 255
 
 
-def _flat_rgb(picture: Image.Image) -> Image.Image:
-    """RGB; transparency lies on white."""
-    if "A" in picture.getbands() or "transparency" in picture.info:
-        picture = picture.convert("RGBA")
-        ground = Image.new("RGBA", picture.size, "white")
-        return Image.alpha_composite(ground, picture).convert("RGB")
-    return picture.convert("RGB")
+def check_readable(path: str | Path) -> None:
+    """Raises ValueError when the picture cannot be read."""
+    _read(path)
+
+
+def _read(path: str | Path) -> Upright:
+    try:
+        return decode(Path(path).read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from error
 
 
 def save_png(pixels: Tensor, path: Path, settings: dict[str, Any]) -> Path:
@@ -70,14 +71,26 @@ def save_png(pixels: Tensor, path: Path, settings: dict[str, Any]) -> Path:
     return save_bytes(path, file.getvalue())
 
 
-def read_settings(path: str | Path) -> dict[str, Any]:
-    """What save_png wrote beside the pixels.  Raises ValueError when there is nothing of ours."""
+def read_png(path: str | Path) -> tuple[np.ndarray, Any]:
+    """What save_png wrote: uint8 [H, W, 3] and the settings.
+
+    Raises ValueError when the file is no PNG or carries nothing of ours.
+    """
     try:
-        return json.loads(open_picture(path).info[SETTINGS_KEY])
-    except (KeyError, ValueError) as error:
-        if isinstance(error, KeyError):
-            raise ValueError(
-                f"{path}: holds no settings of SD3 Workbench: made elsewhere, or stripped on its "
-                "way (many sites re-encode pictures)."
-            ) from error
-        raise
+        with Image.open(path, formats=["PNG"]) as picture:
+            picture.load()
+            text = picture.info.get(SETTINGS_KEY)
+            pixels = np.asarray(picture.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read as PNG ({error.strerror or error}).") from error
+    except (Image.DecompressionBombError, ValueError, SyntaxError) as error:
+        raise ValueError(f"{path}: cannot be read as PNG ({error}).") from error
+    if text is None:
+        raise ValueError(
+            f"{path}: holds no settings of SD3 Workbench: made elsewhere, or stripped on its way "
+            "(many sites re-encode pictures)."
+        )
+    try:
+        return pixels, json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: its settings are damaged ({error}).") from error

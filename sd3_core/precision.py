@@ -5,6 +5,8 @@ that limit and turn into infinities, then NaN, then black.  bfloat16 has float32
 size, so it is the choice wherever the hardware computes in it; elsewhere float32 is.
 """
 
+import platform
+
 import torch
 from torch import Tensor
 
@@ -21,8 +23,12 @@ def pick_device(wanted: str = "auto") -> torch.device:
         return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(wanted)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # torch's own words differ per back end
+        torch.zeros(1, device=device).item()
+    except (
+        RuntimeError,
+        AssertionError,
+        NotImplementedError,
+    ) as error:  # torch's own words differ per back end
         raise ValueError(f"device {wanted!r} cannot be used here ({error}). Try 'cpu'.") from error
     return device
 
@@ -43,6 +49,18 @@ def wide_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if _computes_bf16(device) else torch.float32
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """As `pick_dtype` takes it."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
+def processor_name(device: torch.device) -> str:
+    """Which processor computes; results differ in the last bits between models."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
+
+
 def _computes_bf16(device: torch.device) -> bool:
     # Before Ampere (8.0) CUDA accepts bfloat16 and emulates it, far slower than float32.
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
@@ -52,10 +70,14 @@ def check_finite(tensor: Tensor, stage: str, dtype: torch.dtype) -> Tensor:
     """The tensor itself.  Raises NumericalError naming the stage when it holds NaN or infinity."""
     if not tensor.isfinite().all():
         name = str(dtype).removeprefix("torch.")
-        advice = (
-            "The weights themselves may be damaged; compare the file's size with its source."
-            if dtype == torch.float32
-            else "Compute in bf16 or fp32 (--dtype)."
+        advice = {
+            torch.float16: "Compute in bf16 or fp32 (--dtype).",
+            torch.bfloat16: "Compute in fp32 (--dtype), or take a smaller number if one is extreme "
+            "(cfg, shift, a weight in the prompt).",
+        }.get(
+            dtype,
+            "A number is extreme (cfg, shift, a weight in the prompt, a LoRA's strength), or the "
+            "weights are damaged.",
         )
         raise NumericalError(f"{stage} gave NaN or infinity in {name}. {advice}")
     return tensor

@@ -15,12 +15,13 @@ from .errors import CheckpointError
 from .guidance import SkipLayers, check_layers
 from .models.mmdit import MMDiTConfig
 from .models.vae import VAEConfig
-from .pictures import open_picture
+from .pictures import check_readable
 from .precision import pick_device, pick_dtype, wide_dtype
 from .presets import Preset, preset_for
 from .samplers import SAMPLERS
 from .schedule import Schedule, auto_shift
-from .text.encoders import ENCODERS, least_length
+from .text.encoders import ENCODERS, check_weights, least_length
+from .text.prompt import parse_prompt
 
 FLAGS = {
     "mmdit": "--mmdit",
@@ -29,6 +30,8 @@ FLAGS = {
     "clip_g": "--clip-g",
     "t5": "--t5",
 }
+LARGEST = 1e4  # of any number below: far beyond use, small enough not to overflow
+LONGEST_T5 = 4096  # rows to pad to: eight times what anyone trained with, small enough to compute
 RELEASED_WINDOW = 77  # of CLIP, where no CLIP is there to tell
 
 
@@ -60,6 +63,7 @@ class Settings:
     height: int | None = None
     batch: int = 1
     seed: int = 0
+    seed_each: bool = False  # picture i of a batch as if drawn alone with seed + i
     steps: int | None = None
     cfg: float | None = None
     cfg_start: float = 0.0  # percent of the run in which cfg holds, 0..1
@@ -113,18 +117,23 @@ def make_plan(files: Files, settings: Settings) -> Plan:
     preset = model_preset(parts["mmdit"], mmdit)
     most = mmdit.pos_embed_max_size * mmdit.patch_size * vae.factor
     side = min(math.isqrt(preset.native_pixels), most)
-    width = check_side("width", settings.width or side, vae.factor, most)
-    height = check_side("height", settings.height or side, vae.factor, most)
+    width = check_side("width", _first(settings.width, side), vae.factor, most)
+    height = check_side("height", _first(settings.height, side), vae.factor, most)
     settings = settled(replace(settings, width=width, height=height), preset)
     check(settings, parts, mmdit)
-    loras = tuple((read_lora(path, tuple(parts)), strength) for path, strength in files.loras)
+    loras = tuple(
+        (read_lora(path, tuple(parts)), _number(f"the strength of {path.name}", strength))
+        for path, strength in files.loras
+    )
     for (path, _), (lora, _) in zip(files.loras, loras, strict=True):
         check_lora(path, lora, parts)
-    schedule = Schedule(_number(settings.shift))
+    schedule = Schedule(_number("shift", settings.shift))
     skip = SkipLayers(
         settings.skip_layers or (),
         settings.skip_scale,
-        schedule.window(settings.skip_start or 0.0, _number(settings.skip_end)),
+        schedule.window(
+            _number("skip_start", settings.skip_start), _number("skip_end", settings.skip_end)
+        ),
     )
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
@@ -142,7 +151,7 @@ def make_plan(files: Files, settings: Settings) -> Plan:
         schedule=schedule,
         sigmas=schedule.sigmas(settings.steps or 0, settings.scheduler or "", settings.denoise),
         sampler=settings.sampler or "",
-        cfg=_number(settings.cfg),
+        cfg=_number("cfg", settings.cfg),
         skip=skip if settings.skip_scale else None,
         device=device,
         dtype=dtype,
@@ -273,7 +282,7 @@ def settled_shift(shift: float | str | None, preset: Preset, pixels: int) -> flo
         return preset.shift
     if shift == "auto":
         return auto_shift(preset.shift, preset.native_pixels, pixels)
-    return _number(shift)
+    return _number("shift", shift)
 
 
 def check_side(name: str, pixels: int, factor: int, most: int) -> int:
@@ -303,13 +312,29 @@ def check(settings: Settings, parts: Mapping[str, Component], mmdit: MMDiTConfig
         check_layers(settings.skip_layers or (), mmdit.depth)
         if not settings.skip_layers:
             raise ValueError("skip-layer guidance needs its blocks, e.g. --skip-layers 7,8,9.")
-    if not 0 <= settings.seed < 2**64:
+    if not 0 <= settings.seed <= 2**64 - settings.batch:
         raise ValueError(f"seed is {settings.seed}; it must lie between 0 and {2**64 - 1}.")
-    Schedule().window(settings.cfg_start, settings.cfg_end)
-    least_length(settings.t5_length, RELEASED_WINDOW)
+    for prompt in (
+        settings.prompt,
+        settings.negative,
+        settings.prompt_clip_g or "",
+        settings.prompt_t5 or "",
+    ):
+        check_prompt(prompt)
+    for start, end in (("cfg_start", "cfg_end"), ("skip_start", "skip_end")):
+        for name in (start, end):
+            if not 0 <= _number(name, getattr(settings, name)) <= 1:
+                raise ValueError(
+                    f"{name} is {getattr(settings, name)}; it is a part of the run, from 0 (the "
+                    "first step) to 1 (the last)."
+                )
+        Schedule().window(getattr(settings, start), getattr(settings, end))
+    _number("skip_scale", settings.skip_scale)
+    if least_length(settings.t5_length, RELEASED_WINDOW) > LONGEST_T5:
+        raise ValueError(f"t5_length is {settings.t5_length}; {LONGEST_T5} is the limit. Try 256.")
     for path in (settings.init, settings.mask):
         if path is not None:
-            open_picture(path)
+            check_readable(path)
     if settings.use and not any(name in parts for name in settings.use):
         needs = "; ".join(f"{FLAGS[name]} FILE ({SUPPLIERS[name]})" for name in settings.use)
         raise CheckpointError(
@@ -319,15 +344,27 @@ def check(settings: Settings, parts: Mapping[str, Component], mmdit: MMDiTConfig
         )
 
 
+def check_prompt(prompt: str) -> None:
+    """Raises ValueError for a prompt that no encoder can read."""
+    try:
+        prompt.encode()
+        check_weights(parse_prompt(prompt))
+    except UnicodeEncodeError as error:
+        raise ValueError(f"the prompt is no Unicode text ({error}).") from error
+    except RecursionError as error:
+        raise ValueError("the prompt's parentheses are nested too deeply to be meant.") from error
+
+
 def _first(*choices: Any) -> Any:
     return next(choice for choice in choices if choice is not None)
 
 
-def _number(value: Any) -> float:
+def _number(name: str, value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
-    if not math.isfinite(number):
-        raise ValueError(f"{value!r} is not a number; give one such as 3.0 (shift: or auto).")
+    if not abs(number) <= LARGEST:
+        hint = " or auto" if name == "shift" else ""
+        raise ValueError(f"{name} is {value}; give a number{hint}, at most {LARGEST} in size.")
     return number

@@ -1,5 +1,6 @@
 """Draw a picture again from the settings inside it, and say how far the two lie apart."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -7,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .generate import generate
-from .pictures import open_picture, read_settings
+from .generate import FORMAT, generate
+from .pictures import read_png
 from .samplers import OnStep
 from .settings import Files, Settings, chosen_paths
 
@@ -40,12 +41,17 @@ def verify(path: Path, given: Files | None = None, on_step: OnStep | None = None
     Raises ValueError when the picture carries no settings or a file is gone, and all that
     `generate` raises.
     """
-    record = read_settings(path)
+    then, stored = read_png(path)
+    record = read_record(stored, path)
     files = recorded_files(record, path, given or Files())
     again = generate(files, recorded_settings(record, path), on_step)
-    then = np.asarray(open_picture(path).convert("RGB"), dtype=np.int16)
-    now = again.pixels[record.get("index", 0)].numpy().astype(np.int16)
-    distance = np.abs(then - now)
+    now = again.pixels[record.index].numpy()
+    if then.shape != now.shape:
+        raise ValueError(
+            f"{path}: is {then.shape[1]} x {then.shape[0]} pixels, its settings draw "
+            f"{now.shape[1]} x {now.shape[0]}: it was scaled or cut after it was made."
+        )
+    distance = np.abs(then.astype(np.int16) - now.astype(np.int16))
     return Comparison(
         largest=int(distance.max()),
         mean=float(distance.mean()),
@@ -53,34 +59,79 @@ def verify(path: Path, given: Files | None = None, on_step: OnStep | None = None
     )
 
 
-def recorded_settings(record: Mapping[str, Any], picture: Path) -> Settings:
-    known = {field.name for field in fields(Settings)}
-    try:
-        stored = dict(record["settings"])
-        if record["format"] != 1 or not set(stored) <= known:
-            raise ValueError
-    except (KeyError, TypeError, ValueError) as error:
+@dataclass(frozen=True)
+class Record:
+    """What `generate.make_record` wrote, checked."""
+
+    settings: dict[str, Any]
+    files: dict[str, str]
+    loras: tuple[tuple[str, float], ...]
+    fingerprints: dict[str, str]
+    surroundings: dict[str, Any]
+    index: int  # of the picture in its batch
+
+
+def read_record(stored: Any, picture: Path) -> Record:
+    """Raises ValueError when the settings are of another version, or damaged."""
+    if not isinstance(stored, dict) or stored.get("format") != FORMAT:
         raise ValueError(
-            f"{picture}: its settings are of another version of SD3 Workbench; update the pack."
-        ) from error
+            f"{picture}: its settings are of another version of SD3 Workbench, or damaged; this "
+            f"one reads format {FORMAT}."
+        )
+    try:
+        record = Record(
+            settings=dict(stored["settings"]),
+            files={str(name): str(path) for name, path in stored["files"].items()},
+            loras=tuple((str(path), float(strength)) for path, strength in stored["loras"]),
+            fingerprints=dict(stored["fingerprints"]),
+            surroundings=dict(stored["surroundings"]),
+            index=int(stored["index"]),
+        )
+        unknown = set(record.settings) - {field.name for field in fields(Settings)}
+        if unknown or not 0 <= record.index < record.settings["batch"]:
+            raise ValueError(f"unknown {sorted(unknown)} or a wrong index")
+        for field in fields(Settings):
+            check_type(field.name, str(field.type), record.settings[field.name])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{picture}: its settings are damaged ({error!r}).") from error
+    return record
+
+
+def check_type(name: str, annotation: str, value: Any) -> None:
+    """Raises TypeError unless a value from JSON suits the field's annotation."""
+    words = set(re.split(r"\W+", annotation))
+    suits = {
+        bool: {"bool"},
+        int: {"int", "float"},
+        float: {"float"},
+        str: {"str", "Path"},
+        list: {"tuple"},
+        type(None): {"None"},
+    }
+    if not suits.get(type(value), set()) & words:
+        raise TypeError(f"{name} is {value!r}")
+
+
+def recorded_settings(record: Record, picture: Path) -> Settings:
+    stored = dict(record.settings)
     for name in ("init", "mask"):
-        if stored.get(name) is not None:
+        if stored[name] is not None:
             stored[name] = find_file(stored[name], picture, name)
     for name in ("use", "skip_layers"):
-        if stored.get(name) is not None:
+        if stored[name] is not None:
             stored[name] = tuple(stored[name])
     return Settings(**stored)
 
 
-def recorded_files(record: Mapping[str, Any], picture: Path, given: Files) -> Files:
-    chosen: dict[str, Any] = dict(chosen_paths(given))
-    chosen["loras"] = given.loras or tuple(
-        (find_file(stored, picture, "lora"), strength) for stored, strength in record["loras"]
-    )
-    for name, stored in dict(record.get("files", {})).items():
-        if name not in chosen and name in {field.name for field in fields(Files)}:
-            chosen[name] = find_file(stored, picture, name)
-    return Files(**chosen)
+def recorded_files(record: Record, picture: Path, given: Files) -> Files:
+    """The files of the record, and over them those given."""
+    chosen: dict[str, Any] = {
+        name: find_file(stored, picture, name)
+        for name, stored in record.files.items()
+        if getattr(given, name, None) is None and name in {field.name for field in fields(Files)}
+    }
+    loras = tuple((find_file(path, picture, "lora"), strength) for path, strength in record.loras)
+    return Files(**chosen, **chosen_paths(given), loras=given.loras or loras)
 
 
 def find_file(stored: str, picture: Path, name: str) -> Path:
@@ -95,12 +146,15 @@ def find_file(stored: str, picture: Path, name: str) -> Path:
     )
 
 
-def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Sentences on what is not as it was."""
+def differences(then: Record, now: Mapping[str, Any]) -> list[str]:
+    """What is not as it was, in words."""
     found = []
-    for group, label in (("fingerprints", "the {} file's content"), ("surroundings", "{}")):
-        before, after = then.get(group, {}), now[group]
-        for name in sorted(set(before) | set(after)):
+    groups = (
+        ("the {} file's content", then.fingerprints, now["fingerprints"]),
+        ("{}", then.surroundings, now["surroundings"]),
+    )
+    for label, before, after in groups:
+        for name in sorted({*before, *after}):
             if before.get(name) != after.get(name):
                 what = label.format(name)
                 found.append(f"{what} ({before.get(name)} then, {after.get(name)} now)")

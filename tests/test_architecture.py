@@ -28,7 +28,7 @@ LAYERS = (
         "sd3_core.presets",
         "sd3_core.precision",
     ),
-    ("sd3_core.text", "sd3_core.checkpoints", "sd3_core.pictures"),
+    ("sd3_core.text", "sd3_core.checkpoints", "sd3_core.pictures", "sd3_core.decode"),
     ("sd3_core.speed",),
     ("sd3_core.settings", "sd3_core.generate", "sd3_core.verify"),
     ("sd3_core.training", "sd3_core.bench"),

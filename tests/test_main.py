@@ -7,9 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from sd3_pack.sd3_core.__main__ import main, output_files
-from sd3_pack.sd3_core.pictures import read_settings, save_png
+from sd3_pack.sd3_core.pictures import read_png, save_png
 from tiny import write_tiny_checkpoint
 from tiny_tokenizers import write_tiny_tokenizers
 
@@ -24,6 +25,14 @@ def model(tmp_path_factory):
     path = folder / "tiny.safetensors"
     write_tiny_checkpoint(path, tokenizers=folder / "tokenizers")
     return path
+
+
+@pytest.fixture(scope="module")
+def drawn(model, tmp_path_factory):
+    """A picture with its settings."""
+    picture = tmp_path_factory.mktemp("drawn") / "out.png"
+    assert draw(model, picture, "--seed", "2") == 0
+    return picture
 
 
 def draw(model: Path, output: Path, *options: str) -> int:
@@ -51,10 +60,9 @@ def test_a_picture_is_verified_bit_for_bit(model, tmp_path, capsys):
 def test_a_changed_picture_is_measured(model, tmp_path, capsys):
     picture = tmp_path / "out.png"
     draw(model, picture)
-    record, pixels = read_settings(picture), np.asarray(Image.open(picture)).copy()
+    pixels, record = read_png(picture)
+    pixels = pixels.copy()
     pixels[0, 0, 0] ^= 4
-    import torch
-
     save_png(torch.from_numpy(pixels), picture, record)
     assert main(["verify", str(picture)]) == 1
     assert "up to 4 of 255" in capsys.readouterr().out
@@ -94,6 +102,39 @@ def test_the_settings_in_the_picture_are_complete_json(model, tmp_path):
     assert set(record["fingerprints"]) == {"mmdit", "vae", "clip_l", "clip_g", "t5"}
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: [r], "another version"),
+        (lambda r: None, "another version"),
+        (lambda r: r | {"format": 2}, "another version"),
+        (lambda r: {k: v for k, v in r.items() if k != "loras"}, "damaged"),
+        (lambda r: r | {"files": None}, "damaged"),
+        (lambda r: r | {"index": 5}, "damaged"),
+        (lambda r: r | {"settings": r["settings"] | {"width": "64"}}, "damaged"),
+        (lambda r: r | {"settings": r["settings"] | {"prompt": None}}, "damaged"),
+        (lambda r: r | {"settings": {}}, "damaged"),
+        (lambda r: r | {"files": {"checkpoint": "../../etc/gone.safetensors"}}, "neither there"),
+    ],
+)
+def test_a_damaged_record_is_one_sentence(model, drawn, tmp_path, capsys, change, message):
+    pixels, record = read_png(drawn)
+    picture = tmp_path / "damaged.png"
+    save_png(torch.from_numpy(pixels.copy()), picture, change(record))
+    assert main(["verify", str(picture)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert message in error
+
+
+def test_a_scaled_copy_is_refused_with_both_sizes(drawn, tmp_path, capsys):
+    pixels, record = read_png(drawn)
+    small = torch.from_numpy(pixels[::2, ::2].copy())
+    save_png(small, tmp_path / "small.png", record)
+    assert main(["verify", str(tmp_path / "small.png")]) == 2
+    assert "is 32 x 24 pixels, its settings draw 64 x 48" in capsys.readouterr().err
+
+
 def test_a_foreign_picture_is_refused(tmp_path, capsys):
     Image.new("RGB", (8, 8)).save(tmp_path / "foreign.png")
     assert main(["verify", str(tmp_path / "foreign.png")]) == 2
@@ -104,7 +145,8 @@ def test_a_foreign_picture_is_refused(tmp_path, capsys):
     ("output", "message"),
     [
         ("missing/out.png", "no such folder"),
-        ("out.jpg", "name it out.png"),
+        ("out.jpg", "a name that ends in .png"),
+        ("", "is a folder"),
     ],
 )
 def test_an_impossible_output_is_refused_before_the_work(model, tmp_path, capsys, output, message):

@@ -373,9 +373,8 @@ class MMDiT(nn.Module):
         rows, columns = height // patch, width // patch
         if max(rows, columns) > side:
             raise ValueError(
-                f"latent of {height} x {width}: the model's position table ends at "
-                f"{side * patch} latent pixels a side ({side * patch * 8} image pixels). "
-                "Choose a smaller width and height."
+                f"latent of {height} x {width}: the model's position table ends at {side * patch} "
+                "latent pixels a side. Choose a smaller width and height."
             )
         top, left = (side - rows) // 2, (side - columns) // 2
         table = rearrange(self.pos_embed, "one (H W) D -> one H W D", H=side)

@@ -179,7 +179,7 @@ class TextEncoders:
 
     def _rows(self, name: str, prompt: str, least: int) -> Rows:
         pieces = parse_prompt(prompt)
-        _check_weights(pieces)
+        check_weights(pieces)
         tokenizer = self._tokenizer(name)
         if name == "t5":
             text = t5_sequence(tokenizer, pieces, least)
@@ -267,7 +267,7 @@ def weigh(hidden: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
     return torch.where(weights == 1, hidden, (hidden - empty) * weights + empty)
 
 
-def _check_weights(pieces: list[Piece]) -> None:
+def check_weights(pieces: list[Piece]) -> None:
     for piece in pieces:
         if not math.isfinite(piece.weight):
             raise ValueError(f"weight {piece.weight} of {piece.text!r}: expected a finite number")

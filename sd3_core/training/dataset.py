@@ -14,11 +14,12 @@ from pathlib import Path
 import numpy as np
 from torch import Tensor
 
+from ..decode import EXTENSIONS
 from .duplicates import exact_duplicates, near_duplicates
 from .folders import Found, Listing, Source, list_pictures
 from .framing import Framing
 from .order import Groups, chance, epoch_order
-from .pixels import EXTENSIONS, FilePicture, TensorPicture
+from .pixels import FilePicture, TensorPicture
 from .report import Report, Skipped
 from .scan import Facts, look_at_all
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
-from .pixels import EXTENSIONS
+from ..decode import EXTENSIONS
 from .report import Skipped
 
 METADATA = "metadata.jsonl"

@@ -14,8 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..decode import RULES, decode
 from .duplicates import perceptual_hash
-from .pixels import RULES, decode
 
 WORKERS = 8  # threads at most; decoders let go of Python's lock, and each holds a whole picture
 SETTLED = 2e9  # ns; a younger file may change again without a new time of change

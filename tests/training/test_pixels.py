@@ -10,7 +10,8 @@ import pytest
 import torch
 from PIL import Image, ImageCms, PngImagePlugin
 from sample_pictures import texture, with_hole
-from sd3_pack.sd3_core.training.pixels import FilePicture, TensorPicture, decode
+from sd3_pack.sd3_core.decode import decode
+from sd3_pack.sd3_core.training.pixels import FilePicture, TensorPicture
 
 
 def encoded(picture, kind="PNG", **options) -> bytes:
