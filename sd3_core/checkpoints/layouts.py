@@ -219,8 +219,8 @@ def clip_of_released_size(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 
 
 def _component(kind: str, root: _Root, names: dict[str, Part], stored: Stored) -> Component:
-    if kind == "t5" and "shared.weight" not in names and "encoder.embed_tokens.weight" in names:
-        names["shared.weight"] = names.pop("encoder.embed_tokens.weight")
+    if kind == "t5" and "shared.weight" not in names:
+        names = {_with_shared(name): part for name, part in names.items()}
     unused = [name for name in names if _IGNORED.fullmatch(name)]
     unused += [name for name in names if _IGNORED_IN[kind].fullmatch(name)]
     kept = {name: part for name, part in names.items() if name not in set(unused)}
@@ -238,6 +238,12 @@ def _component(kind: str, root: _Root, names: dict[str, Part], stored: Stored) -
         style=root.style,
         unused=tuple(root.prefix + name for name in unused if name not in scales),
     )
+
+
+def _with_shared(name: str) -> str:
+    """T5's table under the name that the decoder shares; its scale moves with it."""
+    module, dot, end = name.rpartition(".")
+    return f"shared{dot}{end}" if module == "encoder.embed_tokens" else name
 
 
 def _assignments(

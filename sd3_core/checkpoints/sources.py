@@ -15,7 +15,9 @@ from .stored import Part, name_list
 from .tensors import map_tensors
 
 SCALE_NAMES = ("weight_scale", "scale_weight")  # of comfy_quant, and the older one
+SCALE_SIGNS = ("comfy_quant", "input_scale", "scale_input")  # beside a weight that has a scale
 SCALE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+SCALED_DTYPES = (torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,18 +83,41 @@ def _stacked_shape(file: Path, parts: tuple[Part, ...]) -> tuple[int, ...]:
 
 
 def _scale(file: Path, name: str, names: Mapping[str, Part]) -> Part | None:
-    """The scale stored beside a weight: one number, or one for each row."""
+    """The fp8 scale stored beside a weight: one number, or one for each row.
+
+    Raises CheckpointError for any other scale, and for a missing one that the file speaks of.
+    """
     module, _, end = name.rpartition(".")
-    found = [names[key] for s in SCALE_NAMES if (key := f"{module}.{s}") in names]
-    if end != "weight" or not found:
+    if end != "weight":
         return None
-    scale, rows = found[0].info, names[name].info.shape[0] if names[name].info.shape else 1
-    if scale.elements not in (1, rows) or scale.dtype not in SCALE_DTYPES:
+    weight = names[name]
+    is_fp8 = weight.info.dtype in SCALED_DTYPES
+    found = [names[key] for s in SCALE_NAMES if (key := f"{module}.{s}") in names]
+    if not found:
+        if is_fp8 and any(f"{module}.{sign}" in names for sign in SCALE_SIGNS):
+            raise CheckpointError(
+                f"{file.name}: {shown(weight.key)} is scaled fp8, and its scale "
+                f"{shown(weight.key + '_scale')} is missing. Download the file again."
+            )
+        return None
+    if not is_fp8:
+        raise CheckpointError(
+            f"{file.name}: {shown(found[0].key)} scales a weight that is stored as "
+            f"{weight.info.dtype}, where only fp8 has scales. Get another version of the file."
+        )
+    if not _scales_rows(found[0], weight):
         raise CheckpointError(
             f"{file.name}: {shown(found[0].key)} scales blocks of the weight: a quantisation that "
             f"is not read here. Get the file in bf16, fp16 or fp8 (plain or scaled)."
         )
     return found[0]
+
+
+def _scales_rows(scale: Part, weight: Part) -> bool:
+    """Whether it is one number, [rows] or [rows, 1, ...], in a precision that scales have."""
+    shape, rows = scale.info.shape, weight.info.shape[:1]
+    of_rows = shape[:1] == rows and all(n == 1 for n in shape[1:])
+    return scale.info.dtype in SCALE_DTYPES and (scale.info.elements == 1 or of_rows)
 
 
 def read_sources(sources: Mapping[str, Source]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from sd3_pack.sd3_core.checkpoints import load
+from sd3_pack.sd3_core.checkpoints.diffusers import to_diffusers
 from sd3_pack.sd3_core.checkpoints.layouts import find_components
 from sd3_pack.sd3_core.checkpoints.load import (
     load_clip,
@@ -16,6 +17,7 @@ from sd3_pack.sd3_core.checkpoints.load import (
 from sd3_pack.sd3_core.errors import CheckpointError
 from sd3_pack.sd3_core.models import cast, onednn
 from sd3_pack.sd3_core.models.mmdit import MMDiT, MMDiTConfig
+from sd3_pack.sd3_core.models.t5 import T5Config, T5Encoder
 from tiny import (
     MMDIT_X,
     NETWORKS,
@@ -278,8 +280,6 @@ def test_scaled_fp8_behind_the_prefixes_of_a_single_file(tmp_path, states, spell
 
 
 def test_fused_parts_keep_a_scale_each(tmp_path, states):
-    from sd3_pack.sd3_core.checkpoints.diffusers import to_diffusers
-
     plain = {k: v.contiguous() for k, v in to_diffusers("mmdit", states["mmdit"]).items()}
     stored, meant = quantised(plain, "comfy_quant")
     for name, tensors in (("stored", stored), ("meant", meant)):
@@ -316,6 +316,101 @@ def test_scales_of_blocks_are_a_quantisation_that_is_refused(tmp_path, states):
     save_file(stored | {key: torch.ones(96, 7)}, tmp_path / "t5xxl.safetensors")
     with pytest.raises(CheckpointError, match="scales blocks"):
         load_t5(tmp_path / "t5xxl.safetensors")
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (16, 16), (4, 4), (16, 1, 2)])
+def test_scales_that_are_not_one_for_each_row_are_refused(tmp_path, shape):
+    """Also [1, 16] on a square weight, which scales the columns."""
+    stored = scaled_square() | {"encoder.block.0.layer.0.SelfAttention.o.weight_scale": shape}
+    save_file(
+        {k: torch.ones(v) if isinstance(v, tuple) else v for k, v in stored.items()},
+        tmp_path / "t5xxl.safetensors",
+    )
+    assert "scales blocks" in complaint(tmp_path / "t5xxl.safetensors", "t5")
+
+
+def scaled_square() -> dict[str, torch.Tensor]:
+    """A T5 whose attention output is a square fp8 weight of 16 rows, with a scale."""
+    shapes = shapes_of(T5Encoder, T5Config(16, 12, 8, 2, 1, 9, 32))
+    state = {key: torch.ones(shape) for key, shape in shapes.items()}
+    module = "encoder.block.0.layer.0.SelfAttention.o"
+    state[f"{module}.weight"] = torch.ones(16, 16).to(torch.float8_e4m3fn)
+    return state | {f"{module}.weight_scale": torch.tensor(2.0)}
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (16,), (16, 1)])
+def test_one_scale_or_one_for_each_row_is_read(tmp_path, shape):
+    key = "encoder.block.0.layer.0.SelfAttention.o.weight"
+    scale = torch.full(shape, 3.0)
+    save_file(scaled_square() | {f"{key}_scale": scale}, tmp_path / "t5xxl.safetensors")
+    weight = load_t5(tmp_path / "t5xxl.safetensors", dtype=torch.float32).state_dict()[key]
+    assert weight.equal(torch.full((16, 16), 3.0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.int32, torch.float8_e4m3fn], ids=str)
+def test_scales_in_a_precision_that_scales_never_have_are_refused(tmp_path, dtype):
+    key = "encoder.block.0.layer.0.SelfAttention.o.weight_scale"
+    stored = scaled_square() | {key: torch.ones(16).to(dtype)}
+    save_file(stored, tmp_path / "t5xxl.safetensors")
+    assert "a quantisation that is not read here" in complaint(tmp_path / "t5xxl.safetensors", "t5")
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_scales_of_weights_that_are_not_fp8_are_refused(tmp_path, dtype):
+    key = "encoder.block.0.layer.0.SelfAttention.o.weight"
+    stored = scaled_square() | {key: torch.ones(16, 16, dtype=dtype)}
+    save_file(stored, tmp_path / "t5xxl.safetensors")
+    message = complaint(tmp_path / "t5xxl.safetensors", "t5")
+    assert f"'{key}_scale' scales a weight that is stored as {dtype}" in message
+
+
+@pytest.mark.parametrize("sign", ["comfy_quant", "input_scale", "scale_input"])
+def test_a_scale_that_the_file_speaks_of_and_lacks_is_missing(tmp_path, sign):
+    stored = scaled_square()
+    key = "encoder.block.0.layer.0.SelfAttention.o.weight"
+    del stored[f"{key}_scale"]
+    save_file(stored, tmp_path / "t5xxl.safetensors")
+    load_t5(tmp_path / "t5xxl.safetensors")  # plain fp8 needs none
+    note = torch.zeros(2, dtype=torch.uint8) if sign == "comfy_quant" else torch.tensor(1.0)
+    stored[f"{key.removesuffix('weight')}{sign}"] = note
+    save_file(stored, tmp_path / "t5xxl.safetensors")
+    message = complaint(tmp_path / "t5xxl.safetensors", "t5")
+    assert f"its scale '{key}_scale' is missing" in message
+
+
+@pytest.mark.parametrize("spelling", ["scale_weight", "comfy_quant", "rows"])
+def test_a_scaled_table_under_its_other_name_keeps_its_scale(tmp_path, states, spelling):
+    stored, meant = quantised(states["t5"], spelling)
+    renamed = {
+        f"encoder.embed_tokens.{k.removeprefix('shared.')}" if k.startswith("shared.") else k: v
+        for k, v in stored.items()
+    }
+    assert renamed.keys() != stored.keys()
+    save_file(renamed, tmp_path / "t5xxl.safetensors")
+    table = load_t5(tmp_path / "t5xxl.safetensors", dtype=torch.float32).shared.weight
+    torch.testing.assert_close(table, meant["shared.weight"], rtol=0, atol=1e-6)
+
+
+def test_scales_of_rows_are_swapped_with_their_halves(tmp_path, states):
+    """diffusers keeps the final modulation as (scale, shift), the released files the other way."""
+    module = "norm_out.linear"
+    stored = {k: v.contiguous() for k, v in to_diffusers("mmdit", states["mmdit"]).items()}
+    rows = stored[f"{module}.weight"].shape[0]
+    stored[f"{module}.weight"] = torch.ones(rows, 128).to(torch.float8_e4m3fn)
+    stored[f"{module}.weight_scale"] = torch.arange(1.0, rows + 1)
+    save_file(stored, tmp_path / "m.safetensors")
+    key = "final_layer.adaLN_modulation.1.weight"
+    found = load_mmdit(tmp_path / "m.safetensors", dtype=torch.float32).state_dict()[key]
+    wanted = torch.arange(1.0, rows + 1).roll(rows // 2)
+    assert found[:, 0].equal(wanted)
+
+
+def test_layers_of_the_caller_get_weights_without_scale(tmp_path, states, never_converted):
+    stored, meant = quantised(states["t5"], "rows")
+    save_file(stored, tmp_path / "t5xxl.safetensors")
+    network = load_t5(tmp_path / "t5xxl.safetensors", dtype=torch.float32, ops=nn)
+    for key, weight in network.state_dict().items():
+        torch.testing.assert_close(weight, meant[key], rtol=0, atol=1e-6)
 
 
 # Files that are not whole
