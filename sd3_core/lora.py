@@ -218,7 +218,8 @@ class TrainableAdapter(nn.Module):
     def add_to(self, out: Tensor, layer: Any, x: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, layer.training)
         added = low_rank(layer, x, self.down.to(out.dtype), self.up.to(out.dtype))
-        return out + added * (self.alpha / self.down.shape[0])
+        scale = self.alpha / self.down.shape[0]
+        return out + (added if scale == 1 else added * scale)  # a copy as wide as `out`, saved
 
     def adapter(self) -> Adapter:
         """A copy of its values, on the CPU."""

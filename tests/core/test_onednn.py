@@ -1,4 +1,4 @@
-"""The linear layer through oneDNN: the same numbers, only without gradients, never past a hook."""
+"""The linear layer through oneDNN: the same numbers, never past a hook or a trained weight."""
 
 import pytest
 import torch
@@ -74,3 +74,32 @@ def test_any_other_layer_runs_as_it_stands():
 def test_the_namespace_has_the_layers_of_torch():
     for name in ("Conv2d", "Embedding", "LayerNorm", "GroupNorm", "RMSNorm"):
         assert getattr(onednn.Ops, name) is getattr(nn, name)
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(5, 96), (2, 7, 96)], ids=["rows", "tokens"])
+def test_a_frozen_layer_passes_on_the_gradient_of_its_input(layer, shape):
+    layer.requires_grad_(False)
+    ours, theirs = (drawn(*shape).requires_grad_() for _ in range(2))
+    assert onednn.serves(ours, layer.weight, layer.bias)
+    out, expected = layer(ours), F.linear(theirs, layer.weight, layer.bias)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    weights = drawn(*out.shape)
+    (out * weights).sum().backward()
+    (expected * weights).sum().backward()
+    torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-5, atol=1e-5)
+
+
+def test_a_layer_whose_bias_is_trained_is_torchs(layer):
+    layer.weight.requires_grad_(False)
+    x = drawn(2, 96)
+    assert not onednn.serves(x, layer.weight, layer.bias)
+    layer(x).sum().backward()
+    assert layer.bias.grad is not None
+
+
+def test_gelu_behind_a_frozen_layer_has_a_gradient(layer):
+    layer.requires_grad_(False)
+    x = drawn(2, 96).requires_grad_()
+    onednn.linear_gelu(layer, x).sum().backward()
+    assert x.grad is not None
