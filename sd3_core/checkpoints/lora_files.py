@@ -16,9 +16,17 @@ from ..adapters.changes import Adapter, Change, Difference, LoHa, LoKr, LoRA, Lo
 from ..errors import CheckpointError
 from . import lora_keys
 from .diffusers import swap_halves
-from .foreign import describe_names
 from .header import Header, read_header
 from .lora_keys import LOADED, Keys, Place, kind_of
+from .lora_refusals import (
+    GET_AGAIN,
+    check_complete,
+    check_dtypes,
+    check_finite,
+    check_for_sd3,
+    check_supported,
+    shapes_by_role,
+)
 from .lora_tensors import DIALECTS, named_tensors
 from .save import save_tensors
 from .stored import name_list
@@ -52,19 +60,20 @@ def read_lora(path: str | Path, loaded: Collection[str] = LOADED) -> LoRAFile:
 
     loaded: the networks there are, which decides what a few old names mean (`lora_keys.place`).
     Warns, and says so in the report, when only a part is understood or when the file acts at
-    another strength than it was trained at.  Raises CheckpointError when the file is no LoRA, none
-    of its keys belongs to SD3, an adapter is incomplete, or its method is not supported.
+    another strength than it was trained at.  Raises CheckpointError when the file is no LoRA, is
+    one for another model, an adapter is incomplete, or its method or quantisation is not supported.
     """
     header = read_header(path)
     keys = lora_keys.sort_keys(header.tensors)
-    _check_supported(header, keys)
+    check_supported(header, keys)
     groups = {name: roles for name, roles in keys.groups.items() if kind_of(roles) is not None}
     places = {
         name: place for name in groups if (place := lora_keys.place(name, loaded)) is not None
     }
-    if not places:
-        raise CheckpointError(_nothing_matched(header, keys, groups))
+    check_for_sd3(header, keys, groups, places)
+    check_dtypes(header, keys, [groups[name] for name in places])
     tensors = read_tensors(header, [key for name in places for key in groups[name].values()])
+    check_finite(header, tensors)
     parts: dict[str, list[Adapter]] = {}
     for name, place in places.items():
         given = {role: tensors[key] for role, key in groups[name].items()}
@@ -82,31 +91,6 @@ def read_lora(path: str | Path, loaded: Collection[str] = LOADED) -> LoRAFile:
         warnings.warn(note, stacklevel=2)
     report = LoRAReport(lora_keys.dialect(groups), len(used), unmatched, notes)
     return LoRAFile({kind: tuple(part) for kind, part in parts.items()}, report, header.metadata)
-
-
-def _check_supported(header: Header, keys: Keys) -> None:
-    if keys.unsupported:
-        methods = sorted(set(keys.unsupported.values()))
-        raise CheckpointError(
-            f"{header.path.name}: uses {' and '.join(methods)}, which is not supported here (first "
-            f"keys: {name_list(keys.unsupported)}). LoRA, LoHa, LoKr, DoRA (dora_scale) and plain "
-            f"differences are; merge it into a model with the program it was trained with."
-        )
-
-
-def _nothing_matched(header: Header, keys: Keys, groups: Mapping[str, object]) -> str:
-    name = header.path.name
-    if not groups:
-        if keys.embeddings:
-            return f"{name}: holds textual-inversion embeddings and no LoRA."
-        what = describe_names(header.tensors) or f"its keys: {name_list(header.tensors)}."
-        return f"{name}: is no LoRA; {what}"
-    family = lora_keys.family(groups)
-    guess = f"It looks made for {family}." if family else "Was it made for another model?"
-    return (
-        f"{name}: none of its {len(header.tensors)} keys belongs to Stable Diffusion 3 "
-        f"({lora_keys.dialect(groups)} names; first: {name_list(groups)}). {guess}"
-    )
 
 
 def _partial(header: Header, matched: int, unmatched: Sequence[str], keys: Keys) -> Iterable[str]:
@@ -177,6 +161,7 @@ def _peft_scale(header: Header) -> Iterable[str]:
 def _adapters(file: str, name: str, place: Place, given: Mapping[str, Tensor]) -> list[Adapter]:
     """The changes that the tensors of one name, by role, ask for."""
     made: list[Adapter] = []
+    check_complete(file, name, given)
     try:
         change = _change(given, given["alpha"].item() if "alpha" in given else None)
         if change is not None:
@@ -184,16 +169,16 @@ def _adapters(file: str, name: str, place: Place, given: Mapping[str, Tensor]) -
         for role, parameter in (("diff", place.parameter), ("diff_b", "bias")):
             if role in given:
                 made.append(_placed(place, parameter, Difference(given[role]), None))
-    except (KeyError, ValueError, RuntimeError) as error:
-        found = ", ".join(f"{role} {list(tensor.shape)}" for role, tensor in given.items())
+    except (ValueError, RuntimeError) as error:
         raise CheckpointError(
-            f"{file}: the adapter {name} is incomplete or damaged ({error}); it has {found}."
+            f"{file}: the adapter {name} is damaged ({error}); it has {shapes_by_role(given)}. "
+            f"{GET_AGAIN}"
         ) from error
     return made
 
 
 def _change(given: Mapping[str, Tensor], alpha: float | None) -> Change | None:
-    """KeyError or ValueError: a tensor is missing."""
+    """None: plain differences alone."""
     kind = kind_of(given)
     if kind == "LoRA":
         return LowRank(given["down"], given["up"], alpha, given.get("mid"))

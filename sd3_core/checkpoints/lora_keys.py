@@ -230,11 +230,11 @@ def _split(key: str) -> tuple[str, str] | None:
 
 def kind_of(roles: Collection[str]) -> str | None:
     """The method that these roles make up: "LoRA", "LoHa", "LoKr", "difference", or None."""
-    for sign, kind in (("up", "LoRA"), ("down", "LoRA"), ("hada_w1_a", "LoHa")):
-        if sign in roles:
+    if {"up", "down", "mid"} & set(roles):
+        return "LoRA"
+    for start, kind in (("hada_", "LoHa"), ("lokr_", "LoKr")):
+        if any(role.startswith(start) for role in roles):
             return kind
-    if any(role.startswith("lokr_") for role in roles):
-        return "LoKr"
     return "difference" if "diff" in roles or "diff_b" in roles else None
 
 
@@ -251,8 +251,12 @@ _FAMILIES = (  # names in one spelling -> whose they are
 
 
 def family(names: Iterable[str]) -> str | None:
-    """Whose model these names belong to when they are none of SD3's, as far as known."""
-    text = "\n".join(name.replace(".", "_") for name in names)
+    """Whose model these names, none of them SD3's, belong to, as far as known.
+
+    Only names of a denoiser tell: text encoders are shared between families.
+    """
+    denoisers = (name for name in names if _prefix(name).components == ("mmdit",))
+    text = "\n".join(name.replace(".", "_") for name in denoisers)
     return next((owner for sign, owner in _FAMILIES if re.search(sign, text, re.M)), None)
 
 
@@ -266,13 +270,16 @@ def dialect(names: Iterable[str]) -> str:
 class LoRADescription:
     """A LoRA file from its header alone.
 
-    kinds: method -> adapters.  components: network -> adapted parameters.  ranks: those in the
-    file, ascending.  modules: names of the networks' modules, e.g. for a table.  unmatched: keys
-    that mean nothing in SD3.  family: whose they look like, if known.
+    kinds: method -> adapters.  unsupported: the methods among them that are refused.
+    components: network -> adapted parameters.  ranks: those in the file, ascending.  modules: names
+    of the networks' modules, e.g. for a table.  unmatched: keys that mean nothing in SD3.  family:
+    whose model it is for, if another is known; then nothing counts as SD3's, though the text
+    encoders' names are the same.
     """
 
     dialect: str
     kinds: dict[str, int]
+    unsupported: tuple[str, ...]
     components: dict[str, int]
     ranks: tuple[int, ...]
     modules: tuple[str, ...]
@@ -284,25 +291,40 @@ def describe(shapes: Mapping[str, Sequence[int]]) -> LoRADescription | None:
     """What kind of LoRA these keys and shapes are; None when they are no LoRA."""
     keys = sort_keys(shapes)
     groups = {name: roles for name, roles in keys.groups.items() if kind_of(roles)}
-    if not groups and all(_prefix(key).dialect == "bare" for key in keys.unsupported):
+    foreign_methods = {_adapted(key): method for key, method in keys.unsupported.items()}
+    names = dict.fromkeys([*groups, *foreign_methods])
+    places = {name: where for name in names if (where := place(name)) is not None}
+    if not groups and not places and all(_prefix(name).dialect == "bare" for name in names):
         return None
-    places = {name: place(name) for name in groups}
-    found = {name: where for name, where in places.items() if where is not None}
-    kinds = Counter(str(kind_of(roles)) for roles in groups.values())
-    kinds.update(dict.fromkeys(set(keys.unsupported.values()), 1))
-    if any("dora_scale" in roles for roles in groups.values()):
-        kinds["DoRA"] = sum("dora_scale" in roles for roles in groups.values())
+    owner = family(name for name in names if name not in places)
+    found = {} if owner else places
     missed = [key for name in groups if name not in found for key in groups[name].values()]
+    missed += [key for key in keys.unsupported if _adapted(key) not in found]
     ranks = {rank for roles in groups.values() if (rank := _rank(roles, shapes)) is not None}
     return LoRADescription(
-        dialect=dialect(groups or keys.unsupported),
-        kinds=dict(kinds),
+        dialect=dialect(names),
+        kinds=_kinds(groups, foreign_methods),
+        unsupported=tuple(sorted(set(foreign_methods.values()))),
         components=dict(Counter(where.component for where in found.values())),
         ranks=tuple(sorted(ranks)),
         modules=tuple(sorted({where.module for where in found.values()})),
-        unmatched=(*missed, *keys.unsupported, *keys.embeddings, *keys.strangers),
-        family=None if found else family(groups),
+        unmatched=(*missed, *keys.embeddings, *keys.strangers),
+        family=owner,
     )
+
+
+def _adapted(key: str) -> str:
+    """The name before the role of a method that is not supported."""
+    return next(key[: found.start()] for p, _ in _UNSUPPORTED if (found := p.search(key)))
+
+
+def _kinds(groups: Mapping[str, Collection[str]], others: Mapping[str, str]) -> dict[str, int]:
+    """Adapters by method; a DoRA counts beside the method whose change it norms."""
+    kinds = Counter(str(kind_of(roles)) for roles in groups.values())
+    kinds.update(others.values())
+    if normed := sum("dora_scale" in roles for roles in groups.values()):
+        kinds["DoRA"] = normed
+    return dict(kinds)
 
 
 def _rank(roles: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> int | None:

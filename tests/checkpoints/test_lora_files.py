@@ -21,6 +21,7 @@ from sd3_pack.sd3_core.checkpoints.diffusers import to_diffusers
 from sd3_pack.sd3_core.checkpoints.lora_files import read_lora, save_lora
 from sd3_pack.sd3_core.errors import CheckpointError
 from sd3_pack.sd3_core.models.mmdit import MMDiT, MMDiTConfig, position_table
+from tiny import tiny_state_dicts, with_prefixes
 
 DIALECTS = ("kohya", "kohya_split_qkv", "diffusers_peft", "comfy_generic")
 QKV = "joint_blocks.0.x_block.attn.qkv"
@@ -464,41 +465,150 @@ def test_other_methods_are_refused_by_name(write, keys, method):
         read_lora(write(tensors | pair("diffusion_model." + FC1)))
 
 
+FOR_SD3 = "Use a LoRA that was trained on Stable Diffusion 3"
+
+
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        (pair("lora_unet_double_blocks_0_img_attn_qkv"), "none of its 2 keys.*kohya names.*Flux"),
-        (pair("lora_unet_input_blocks_4_1_proj_in"), "lora_unet_input_blocks_4_1_proj_in.*XL"),
-        (pair("diffusion_model.strange"), "none of its 2 keys .*another model"),
-        ({"emb_params": random(1, 64)}, "textual-inversion"),
-        ({f"{QKV}.weight": random(8, 8)}, "is no LoRA"),
-        ({"x.alpha": torch.tensor(1.0)}, "is no LoRA"),
+        (
+            pair("lora_unet_double_blocks_0_img_attn_qkv"),
+            f"none of its 2 keys.*kohya names.*Flux.*{FOR_SD3}",
+        ),
+        (
+            pair("lora_unet_input_blocks_4_1_proj_in"),
+            f"lora_unet_input_blocks_4_1_proj_in.*XL.*{FOR_SD3}",
+        ),
+        (pair("diffusion_model.strange"), f"none of its 2 keys .*another model.*{FOR_SD3}"),
+        ({"emb_params": random(1, 64)}, "textual-inversion .*models/embeddings"),
+        ({"cond_stage_model.x": random(8, 8)}, f"is no LoRA; .*Diffusion 1.x.*{FOR_SD3}"),
         ({}, "is no LoRA"),
     ],
 )
-def test_what_is_no_lora_for_sd3_is_an_error_that_says_what_it_is(write, tensors, message):
+def test_what_is_no_lora_for_sd3_is_an_error_that_says_what_to_do(write, tensors, message):
     with pytest.raises(CheckpointError, match=f"file.safetensors: .*{message}"):
+        read_lora(write(tensors))
+
+
+@pytest.mark.parametrize(
+    ("kinds", "message"),
+    [
+        (("mmdit",), r"a model: the denoiser \(MMDiT\)\. Give it as --mmdit "),
+        (("clip_l",), r"a model: the text encoder CLIP-L\. Give it as --clip-l "),
+        (("mmdit", "vae"), r"the denoiser \(MMDiT\), the VAE\. Give it as --checkpoint "),
+    ],
+)
+def test_a_checkpoint_in_place_of_a_lora_is_called_what_it_is(write, kinds, message):
+    networks = tiny_state_dicts()
+    tensors = with_prefixes({kind: networks[kind] for kind in kinds})
+    with pytest.raises(CheckpointError, match=message):
+        read_lora(write(tensors))
+
+
+@pytest.mark.parametrize("key", ["x.alpha", "lora_unet_x.dora_scale", "lora_unet_x.strange"])
+def test_a_file_with_nothing_but_the_edges_of_adapters_says_what_it_lacks(write, key):
+    with pytest.raises(CheckpointError, match=f"lacks the matrices.*only {key}. Download it again"):
+        read_lora(write({key: torch.tensor(1.0)}))
+
+
+TEXT_PARTS = pair("lora_te1_text_model_encoder_layers_0_mlp_fc1") | pair(
+    "lora_te2_text_model_encoder_layers_0_mlp_fc1"
+)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "family"),
+    [
+        (TEXT_PARTS | pair("lora_unet_input_blocks_4_1_proj_in"), "Stable Diffusion 1, 2 or XL"),
+        (TEXT_PARTS | pair("lora_unet_down_blocks_1_attentions_0_proj_in"), "Diffusion 1, 2 or XL"),
+        (TEXT_PARTS | pair("lora_unet_single_blocks_3_linear1"), "Flux"),
+        (
+            pair("transformer.transformer_blocks.0.attn.to_q", roles=PEFT)
+            | pair("transformer.single_transformer_blocks.0.attn.to_q", roles=PEFT),
+            "Flux",
+        ),
+        (
+            pair("transformer.transformer_blocks.0.attn.to_q", roles=PEFT)
+            | pair("transformer.transformer_blocks.0.img_mod.1", roles=PEFT),
+            "Qwen-Image",
+        ),
+    ],
+)
+def test_a_lora_of_a_family_that_shares_names_with_sd3_is_refused(write, tensors, family):
+    with pytest.raises(CheckpointError, match=f"is a LoRA for .*{family}.* 1 of its .*{FOR_SD3}"):
+        read_lora(write(tensors))
+
+
+def test_text_parts_alone_are_a_lora_whatever_else_is_unknown(write):
+    with pytest.warns(UserWarning, match="4 keys match, 2 do not"):
+        file = read_lora(write(TEXT_PARTS | pair("lora_te1_down_blocks_1")))
+    assert file.parts.keys() == {"clip_l", "clip_g"}
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"lora_up.weight": torch.ones(128, 2, dtype=torch.int8)},
+        {"lora_up.weight": torch.ones(128, 2, dtype=torch.uint8)},
+        {"lora_down.weight": torch.ones(2, 128).to(torch.float8_e8m0fnu)},
+        {"lora_up.weight_scale": torch.tensor(2.0)},
+        {"lora_down.scale_weight": torch.tensor(2.0)},
+    ],
+)
+def test_quantised_loras_are_refused_instead_of_taken_as_plain_numbers(write, changed):
+    tensors = pair(FC1) | {f"{FC1}.{role}": tensor for role, tensor in changed.items()}
+    (role,) = changed
+    with pytest.raises(CheckpointError, match=f"{role}.*quantisation.*in bf16, fp16 or fp32"):
+        read_lora(write(tensors))
+
+
+def test_an_integer_alpha_is_a_number_like_any_other(write):
+    tensors = pair(FC1) | {f"{FC1}.alpha": torch.tensor(6)}
+    (adapter,) = read_lora(write(tensors)).parts["mmdit"]
+    assert adapter.change.scale == 3.0
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("role", ["alpha", "lora_up.weight", "lora_down.weight", "dora_scale"])
+def test_nan_and_infinity_are_refused_when_the_file_is_read(write, role, number):
+    tensors = pair(FC1) | {f"{FC1}.alpha": torch.tensor(2.0), f"{FC1}.dora_scale": random(128, 1)}
+    tensors[f"{FC1}.{role}"].view(-1)[-1] = number
+    with pytest.raises(CheckpointError, match=f"{role}.*NaN or infinity.*earlier save"):
+        read_lora(write(tensors))
+
+
+@pytest.mark.parametrize(
+    ("roles", "lacking"),
+    [
+        ({"lora_up.weight": (128, 4)}, r"LoRA it lacks lora_down \(lora_A\); it has up \[128, 4\]"),
+        ({"lora_down.weight": (4, 128)}, r"LoRA it lacks lora_up \(lora_B\); "),
+        ({"lora_mid.weight": (4, 4, 1, 1)}, "lacks lora_down .* and lora_up "),
+        ({"hada_w1_a": (128, 4), "hada_w1_b": (4, 128)}, "LoHa it lacks hada_w2_a and hada_w2_b;"),
+        ({"hada_w2_a": (128, 4), "hada_w2_b": (4, 128)}, "LoHa it lacks hada_w1_a and hada_w1_b;"),
+        ({"lokr_w1": (4, 4)}, "LoKr it lacks lokr_w2;"),
+        ({"lokr_w1": (4, 4), "lokr_w2_a": (32, 4)}, "LoKr it lacks lokr_w2_b;"),
+    ],
+)
+def test_an_incomplete_adapter_says_what_is_missing(write, roles, lacking):
+    tensors = {f"diffusion_model.{FC1}.{role}": random(*size) for role, size in roles.items()}
+    message = f"{FC1} is incomplete: of a .*{lacking}.* Download it again"
+    with pytest.raises(CheckpointError, match=message):
         read_lora(write(tensors))
 
 
 @pytest.mark.parametrize(
     "roles",
     [
-        {"lora_up.weight": (128, 4)},
-        {"lora_down.weight": (4, 128)},
         {"lora_up.weight": (128, 4), "lora_down.weight": (5, 128)},
         {"lora_up.weight": (128, 0), "lora_down.weight": (0, 128), "alpha": ()},
         {"lora_up.weight": (), "lora_down.weight": (5, 128)},
-        {"hada_w1_a": (128, 4), "hada_w1_b": (4, 128)},
-        {"lokr_w1": (4, 4)},
-        {"lokr_w1": (4, 4), "lokr_w2_a": (32, 4)},
         {"diff": ()},
         {"lora_up.weight": (128, 4), "lora_down.weight": (4, 128), "dora_scale": (7, 1)},
     ],
 )
-def test_an_incomplete_adapter_is_refused_by_name(write, roles):
+def test_a_damaged_adapter_is_refused_by_name(write, roles):
     tensors = {f"diffusion_model.{FC1}.{role}": random(*size) for role, size in roles.items()}
-    with pytest.raises(CheckpointError, match=f"{FC1} is incomplete"):
+    with pytest.raises(CheckpointError, match=f"{FC1} is damaged .* Download it again"):
         read_lora(write(tensors))
 
 
