@@ -57,6 +57,9 @@ class LoRAReport:
     modules: tuple[str, ...]
     unmatched: int
     family: str | None
+    unsupported: tuple[str, ...]  # methods among `kinds` that are refused
+    parameters: int  # numbers in all tensors but alpha
+    precision: str
 
 
 @dataclass(frozen=True)
@@ -137,10 +140,17 @@ def _inspect_lora(path: Path) -> Report | None:
     if lora is None:
         return None
     of = " + ".join(NAMES[kind] for kind in lora.components)
+    what = f"a LoRA for {lora.family or of or 'another model'}"
+    if lora.unsupported:
+        what += f", by {' and '.join(lora.unsupported)}, which is not supported here"
+    sizes: Counter[str] = Counter()
+    for name, info in header.tensors.items():
+        if not name.endswith(".alpha"):
+            sizes[_dtype_name(info.dtype)] += info.elements
     return Report(
         file=path.name,
         bytes=header.size,
-        what=f"a LoRA for {of or lora.family or 'another model'}",
+        what=what,
         family=None,
         components=(),
         lora=LoRAReport(
@@ -151,6 +161,9 @@ def _inspect_lora(path: Path) -> Report | None:
             modules=lora.modules,
             unmatched=len(lora.unmatched),
             family=lora.family,
+            unsupported=lora.unsupported,
+            parameters=sizes.total(),
+            precision=_shares(sizes),
         ),
         tokenizers=(),
         lacks={},
@@ -228,11 +241,19 @@ def _mmdit_features(config: MMDiTConfig, chosen: str | None) -> Iterator[str]:
 
 
 def _precision(component: Component) -> str:
-    """Dtypes by the share of the parameters, most first; small remainders are counted too."""
     counts: Counter[str] = Counter()
     for source in component.sources.values():
-        name = PRECISIONS.get(source.dtype, str(source.dtype).removeprefix("torch."))
+        name = _dtype_name(source.dtype)
         counts[f"scaled {name}" if source.scales else name] += source.elements
+    return _shares(counts)
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return PRECISIONS.get(dtype, str(dtype).removeprefix("torch."))
+
+
+def _shares(counts: Counter[str]) -> str:
+    """Dtypes by the share of the parameters, most first; small remainders are counted too."""
     total = sum(counts.values()) or 1
     if len(counts) == 1:
         return next(iter(counts))
@@ -270,6 +291,7 @@ def _lora_lines(lora: LoRAReport) -> list[str]:
     kinds = ", ".join(f"{number} {kind}" for kind, number in lora.kinds.items())
     ranks = ", ".join(map(str, lora.ranks)) or "none"
     lines = [f"adapters: {kinds}, {lora.dialect} names, ranks {ranks}"]
+    lines.append(f"{_count(lora.parameters)} parameters, {lora.precision}")
     for kind, number in lora.components.items():
         lines.append(f"changes {number} parameters of {NAMES[kind]}")
     if lora.modules:

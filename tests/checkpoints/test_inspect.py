@@ -189,6 +189,21 @@ def test_a_lora_is_described_as_one(tmp_path):
     assert json.loads(report.to_json())["lora"]["dialect"] == report.lora.dialect
 
 
+def test_a_lora_has_a_precision_and_a_parameter_count(tmp_path):
+    name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+    tensors = {
+        f"{name}.lora_down.weight": torch.zeros(4, 128, dtype=torch.bfloat16),
+        f"{name}.lora_up.weight": torch.zeros(384, 4, dtype=torch.float16),
+        f"{name}.alpha": torch.tensor(4.0),
+    }
+    save_file(tensors, tmp_path / "lora.safetensors")
+    report = inspect(tmp_path / "lora.safetensors")
+    assert report.lora is not None
+    assert report.lora.parameters == 2048
+    assert report.lora.precision == "fp16 75.0%, bf16 25.0%"
+    assert "2,048 parameters, fp16 75.0%, bf16 25.0%" in report.lines()
+
+
 def test_a_lora_of_another_model_says_whose(tmp_path):
     name = "lora_unet_double_blocks_0_img_attn_qkv"
     tensors = {
@@ -197,6 +212,50 @@ def test_a_lora_of_another_model_says_whose(tmp_path):
     }
     save_file(tensors, tmp_path / "lora.safetensors")
     assert inspect(tmp_path / "lora.safetensors").what.startswith("a LoRA for Flux")
+
+
+@pytest.mark.parametrize(
+    ("shared", "foreign", "family"),
+    [
+        (
+            "lora_te1_text_model_encoder_layers_0_mlp_fc1",
+            "lora_unet_input_blocks_4_1_proj_in",
+            "Stable Diffusion 1, 2 or XL",
+        ),
+        (
+            "transformer.transformer_blocks.0.attn.to_q",
+            "transformer.single_transformer_blocks.0.attn.to_q",
+            "Flux",
+        ),
+    ],
+)
+def test_names_that_other_families_share_do_not_make_a_lora_one_for_sd3(
+    tmp_path, shared, foreign, family
+):
+    keys = [f"{name}.lora_{side}.weight" for name in (shared, foreign) for side in ("A", "B")]
+    save_file({key: torch.zeros(4, 4) for key in keys}, tmp_path / "lora.safetensors")
+    report = inspect(tmp_path / "lora.safetensors")
+    assert report.what.startswith(f"a LoRA for {family}")
+    assert report.lora is not None
+    assert report.lora.components == {}
+    assert report.lora.unmatched == 4
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lora_unet_joint_blocks_0_x_block_attn_qkv",
+        "diffusion_model.joint_blocks.0.x_block.attn.qkv",
+        "joint_blocks.0.x_block.attn.qkv",
+    ],
+)
+def test_an_oft_with_the_names_of_sd3_is_called_unsupported_and_not_foreign(tmp_path, name):
+    save_file({f"{name}.oft_blocks": torch.zeros(4, 4, 4)}, tmp_path / "oft.safetensors")
+    report = inspect(tmp_path / "oft.safetensors")
+    assert report.what == "a LoRA for MMDiT, by OFT, which is not supported here"
+    assert report.lora is not None
+    assert report.lora.kinds == {"OFT": 1}
+    assert report.lora.unmatched == 0
 
 
 def test_what_is_no_sd3_file_is_an_error_that_says_what_it_is(tmp_path):
