@@ -11,7 +11,7 @@ import math
 import re
 import warnings
 import zlib
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,29 +72,40 @@ def mmdit_targets(
 # To use
 
 
-def fitting(model: nn.Module, adapters: LoRA) -> LoRA:
-    """Those adapters whose parameter the network has.
+_FOR_SIZE = "Use a LoRA that was trained on a model of this family and size."
 
-    Warns, with counts, when it lacks some.  Raises CheckpointError when it has none of them, or
+
+def check_fit(adapters: LoRA, shapes: Mapping[str, tuple[int, ...]]) -> LoRA:
+    """Those adapters whose parameter a network of these parameters has.
+
+    shapes: by the parameter's name.  Raises CheckpointError when the network has none of them, or
     one of another shape: then the LoRA is for another network.
     """
-    shapes = {name: tuple(tensor.shape) for name, tensor in _parameters(model)}
     found = tuple(adapter for adapter in adapters if adapter.name in shapes)
-    missing = [adapter.name for adapter in adapters if adapter.name not in shapes]
     for adapter in found:
         if not adapter.fits(shapes[adapter.name]):
             rows, columns = adapter.change.shape
             raise CheckpointError(
                 f"this LoRA is for another network: its change of {adapter.name} is {rows} x "
-                f"{columns}, the network's parameter {list(shapes[adapter.name])}. Use the model "
-                f"it was trained on."
+                f"{columns}, the network's parameter {list(shapes[adapter.name])}. {_FOR_SIZE}"
             )
-    if missing and not found:
+    if adapters and not found:
+        first = ", ".join(adapter.name for adapter in adapters[:3])
         raise CheckpointError(
-            f"this LoRA is for another network: none of its {len(missing)} adapters has a layer "
-            f"here (first: {', '.join(missing[:3])})."
+            f"this LoRA is for another network: none of its {len(adapters)} adapters has a layer "
+            f"here (first: {first}). {_FOR_SIZE}"
         )
-    if missing:
+    return found
+
+
+def fitting(model: nn.Module, adapters: LoRA) -> LoRA:
+    """Those adapters whose parameter the network has.
+
+    Warns, with counts, when it lacks some.  Errors as `check_fit`.
+    """
+    shapes = {name: tuple(tensor.shape) for name, tensor in _parameters(model)}
+    found = check_fit(adapters, shapes)
+    if missing := [adapter.name for adapter in adapters if adapter.name not in shapes]:
         warnings.warn(
             f"LoRA applied in part: {len(found)} of {len(adapters)} adapters have a layer in this "
             f"network, {len(missing)} do not (first: {', '.join(missing[:3])})",

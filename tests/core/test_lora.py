@@ -128,6 +128,13 @@ def test_strength_zero_changes_nothing(model, inputs, adapters):
     assert same_bits(model(*inputs), base)
 
 
+def test_strength_zero_attaches_nothing(model):
+    """Not even what could not be attached, and so no layer pays for it."""
+    table = Adapter("", Difference(random(1, 64, 128)), "pos_embed")
+    with lora.attached(model, [((table, *ADAPTERS["linear"]), 0.0)]):
+        assert not any(layer._forward_hooks for layer in model.modules())
+
+
 @every_adapter
 def test_disabled_is_the_base_bit_for_bit(model, inputs, adapters):
     base = model(*inputs)
@@ -146,6 +153,19 @@ def test_low_rank_is_up_down_times_alpha_over_rank(model):
     lora.merge(model, (adapter,), 0.5)
     change = 0.5 * (2.0 / 4) * adapter.change.up @ adapter.change.down
     torch.testing.assert_close(model.get_submodule(QKV).weight, before + change)
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (1, 2)], ids=["per output", "per input"])
+def test_dora_adds_the_eps_of_float32_to_a_norm_of_zero(shape):
+    """As ComfyUI does."""
+    eps = torch.finfo(torch.float32).eps
+    weight = torch.tensor([[0.0, 0.0], [0.0, 2.0]])
+    change = torch.tensor([[0.0, 0.0], [0.0, 0.0]])
+    change[0, 0] = eps if shape == (2, 1) else 0.0  # its norm per output is the weight's, 0
+    adapter = Adapter("layer", Difference(change), magnitude=torch.full(shape, 3.0))
+    changed = adapter.apply(weight, 1.0)
+    expected = torch.tensor([[3.0 if shape == (2, 1) else 0.0, 0.0], [0.0, 3.0]])
+    torch.testing.assert_close(changed, expected)
 
 
 def test_two_loras_add_up_and_are_independent(model, inputs):
@@ -239,6 +259,28 @@ def test_a_lora_without_one_layer_here_is_refused(model):
         lora.merge(model, (low_rank("joint_blocks.9.x_block.attn.qkv", 384, 128),), 1.0)
 
 
+def test_fit_is_told_from_names_and_shapes_alone():
+    here, elsewhere = (
+        low_rank(PROJ, 128, 128),
+        low_rank("joint_blocks.9.x_block.attn.qkv", 384, 128),
+    )
+    shapes = {here.name: (128, 128)}
+    assert lora.check_fit((here, elsewhere), shapes) == (here,)
+    assert lora.check_fit((), {}) == ()
+    with pytest.raises(CheckpointError, match=r"none of its 1 adapters.*blocks\.9.* Use a LoRA"):
+        lora.check_fit((elsewhere,), shapes)
+    with pytest.raises(CheckpointError, match=r"128 x 128.*\[64, 128\].* Use a LoRA"):
+        lora.check_fit((here, elsewhere), {here.name: (64, 128)})
+
+
+@pytest.mark.parametrize(
+    ("outputs", "fits"), [(384, True), (400, True), (383, False), (300, False)]
+)
+def test_a_slice_of_rows_must_end_inside_the_parameter(outputs, fits):
+    v = low_rank(QKV, 128, 128, rows=(256, 128))
+    assert v.fits((outputs, 128)) is fits
+
+
 def test_a_partial_fit_is_a_warning_with_counts(model, inputs):
     partly = (*ADAPTERS["linear"], low_rank("joint_blocks.9.x_block.attn.qkv", 384, 128))
     with (
@@ -305,6 +347,20 @@ def test_merging_into_fp8_keeps_small_changes_on_average(dtype, scale):
     assert set(((merged - factor) / step).round(decimals=4).unique().tolist()) <= {0.0, 1.0}
     # 160,000 draws of probability 1/30: the mean has a standard deviation of 0.0135 of the change
     assert abs((merged - factor).mean() / change.mean() - 1) < 0.07
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_merging_into_fp8_keeps_changes_below_its_least_number_on_average(dtype):
+    """Subnormals have the step of the smallest normal numbers, whatever their exponent."""
+    step = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    model = nn.ModuleDict({"layer": cast.Linear(400, 400, bias=False)})
+    model["layer"].weight.data = torch.zeros(400, 400).to(dtype)
+    change = torch.full((400, 400), step * 0.3)
+    lora.merge(model, (Adapter("layer", Difference(change)),), 1.0)
+    merged = model["layer"].weight.float()
+    assert set(merged.unique().tolist()) == {0.0, step}
+    # 160,000 draws of probability 0.3: the mean has a standard deviation of 0.0038 of the change
+    assert abs(merged.mean() / change.mean() - 1) < 0.02
 
 
 def test_merging_into_fp8_leaves_unchanged_values_alone():
