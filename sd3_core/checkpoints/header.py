@@ -8,6 +8,7 @@ optional `"__metadata__": {str: str}`, then the tensors' bytes without gap or ov
 import hashlib
 import json
 import math
+import os
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from .foreign import describe_bytes
 MAX_HEADER = 100_000_000  # bytes; the format's own limit
 MAX_DIMENSION = 2**63 - 1  # torch counts elements in int64
 MAX_RANK = 32
+MAX_TENSORS = 100_000  # a released file holds fewer than 2,000
 
 _TORCH_NAMES = {
     "BOOL": "bool",
@@ -71,12 +73,17 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds; `size` is the length of the whole file in bytes."""
+    """What a safetensors file holds.
+
+    size: of the whole file, in bytes.  inode, mtime_ns: which file it was, last changed when.
+    """
 
     path: Path
     tensors: dict[str, TensorInfo]
     metadata: dict[str, str]
     size: int
+    inode: int
+    mtime_ns: int
 
 
 def read_header(path: str | Path) -> Header:
@@ -86,7 +93,8 @@ def read_header(path: str | Path) -> Header:
     cut off, grown, of another kind (pickle, GGUF, web page, ...), or with a header that lies.
     """
     path = Path(path)
-    size = _file_size(path)
+    state = _regular_file(path)
+    size = state.st_size
     try:
         with path.open("rb") as file:
             beginning = file.read(4096)
@@ -98,6 +106,8 @@ def read_header(path: str | Path) -> Header:
     try:
         entries = _parse_json(text)
         metadata = _metadata(entries.pop("__metadata__", None))
+        if len(entries) > MAX_TENSORS:
+            raise ValueError(f"it names {len(entries):,} tensors, more than any model has")
         tensors = {name: _tensor_info(name, entry, 8 + length) for name, entry in entries.items()}
         end = _check_contiguous(tensors, 8 + length)
     except ValueError as error:
@@ -105,7 +115,7 @@ def read_header(path: str | Path) -> Header:
             f"{path.name}: damaged safetensors header: {error}. Download the file again."
         ) from error
     _check_size(path, size, end)
-    return Header(path, tensors, metadata, size)
+    return Header(path, tensors, metadata, size, state.st_ino, state.st_mtime_ns)
 
 
 def fingerprint(path: str | Path) -> str:
@@ -118,14 +128,14 @@ def fingerprint(path: str | Path) -> str:
     """
     path = Path(path)
     path = path.parent if path.suffix == ".json" else path
-    if path.is_dir():
+    if is_folder(path):
         parts = [
             f"{file.relative_to(path).as_posix()}={fingerprint(file)}"
             for file in sorted(path.rglob("*.safetensors"))
         ]
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-    size = _file_size(path)
-    return _fingerprint(path.resolve(), size, path.stat().st_mtime_ns)
+    state = _regular_file(path)
+    return _fingerprint(path.resolve(), state.st_size, state.st_mtime_ns)
 
 
 @lru_cache(maxsize=256)
@@ -143,8 +153,16 @@ def _fingerprint(path: Path, size: int, _changed: int) -> str:
     return digest.hexdigest()[:16]
 
 
-def _file_size(path: Path) -> int:
-    """Bytes of a regular file; a pipe or device would never end, so those are refused."""
+def is_folder(path: Path) -> bool:
+    """As Path.is_dir; CheckpointError where the folder above may not be searched."""
+    try:
+        return path.is_dir()
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be opened: {error.strerror or error}.") from error
+
+
+def _regular_file(path: Path) -> os.stat_result:
+    """State of a file with bytes; a pipe or device would never end, so those are refused."""
     try:
         state = path.stat()
     except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
@@ -156,7 +174,7 @@ def _file_size(path: Path) -> int:
         raise CheckpointError(f"{path}: is not a regular file.")
     if state.st_size == 0:
         raise CheckpointError(f"{path.name}: is empty (0 bytes). Download it again.")
-    return state.st_size
+    return state
 
 
 def _header_length(path: Path, beginning: bytes, size: int) -> int:

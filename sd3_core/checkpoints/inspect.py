@@ -13,10 +13,11 @@ from ..models.mmdit import MMDiTConfig
 from ..models.vae import VAEConfig
 from ..presets import PRESETS, family
 from . import lora_keys
-from .header import read_header
+from .header import is_folder, read_header
 from .layouts import COMPONENTS, SUPPLIERS, Component, find_components
 from .load import Config, read_config
-from .stored import name_list
+from .sources import SCALE_NAMES, SCALE_SIGNS
+from .stored import Part, name_list
 
 PRECISIONS = {
     torch.float64: "fp64",
@@ -73,6 +74,7 @@ class Report:
     components: tuple[ComponentReport, ...]
     lora: LoRAReport | None
     tokenizers: tuple[str, ...]
+    unused: tuple[str, ...]  # stored names that no computation needs
     lacks: dict[str, str]  # network -> files that would supply it
     metadata: dict[str, str]
 
@@ -95,6 +97,8 @@ class Report:
             lines += _lora_lines(self.lora)
         if self.tokenizers:
             lines.append(f"tokenizers inside: {', '.join(self.tokenizers)}")
+        if self.unused:
+            lines.append(f"{len(self.unused)} tensors are not used: {name_list(self.unused, 8)}")
         if self.lacks:
             lines.append("lacks:")
             lines += [f"  {NAMES[kind]}: {files}" for kind, files in self.lacks.items()]
@@ -126,13 +130,14 @@ def inspect(path: str | Path) -> Report:
         components=tuple(_component(found[kind], sizes[kind], chosen) for kind in found),
         lora=None,
         tokenizers=_tokenizers(path, found),
+        unused=_unused(found),
         lacks={kind: SUPPLIERS[kind] for kind in COMPONENTS if denoiser and kind not in found},
         metadata=_metadata(found),
     )
 
 
 def _inspect_lora(path: Path) -> Report | None:
-    if path.is_dir() or path.suffix == ".json":
+    if is_folder(path) or path.suffix == ".json":
         return None
     header = read_header(path)
     shapes = {name: info.shape for name, info in header.tensors.items()}
@@ -166,18 +171,34 @@ def _inspect_lora(path: Path) -> Report | None:
             precision=_shares(sizes),
         ),
         tokenizers=(),
+        unused=(),
         lacks={},
         metadata=header.metadata,
     )
 
 
+def _parts(found: dict[str, Component]) -> Iterator[Part]:
+    for component in found.values():
+        for source in component.sources.values():
+            yield from source.parts
+
+
 def _files(found: dict[str, Component]) -> set[Path]:
-    return {
-        part.header.path
-        for component in found.values()
-        for source in component.sources.values()
-        for part in source.parts
-    }
+    return {part.header.path for part in _parts(found)}
+
+
+def _unused(found: dict[str, Component]) -> tuple[str, ...]:
+    """Names beside the parameters, their scales and the tokenizers, in the files' order."""
+    headers = {part.header.path: part.header for part in _parts(found)}
+    used = {(part.header.path, part.key) for part in _parts(found)}
+    return tuple(
+        name
+        for path, header in headers.items()
+        for name in header.tensors
+        if (path, name) not in used
+        and name.rpartition(".")[2] not in (*SCALE_NAMES, *SCALE_SIGNS, "scaled_fp8")
+        and ".tokenizer." not in name
+    )
 
 
 def _what(found: dict[str, Component], chosen: str | None) -> str:

@@ -13,8 +13,18 @@ from pathlib import Path
 from ..errors import CheckpointError
 from . import diffusers
 from .foreign import describe_names
-from .sources import SCALE_NAMES, Source, make_source
-from .stored import Part, Stored, describe_folder, name_list, read_stored, weights_in
+from .header import is_folder
+from .sources import Source, make_source
+from .stored import (
+    Part,
+    Stored,
+    describe_folder,
+    is_shard,
+    name_list,
+    read_stored,
+    weights_in,
+    what_to_do,
+)
 
 COMPONENTS = ("mmdit", "vae", "clip_l", "clip_g", "t5")
 PREFIXES = {  # of the released single files
@@ -77,8 +87,7 @@ class Component:
     """One network in a file or folder.
 
     sources: by the released name without prefix.  style: whose names the file uses ("released",
-    "diffusers"; "transformers 5" leaves `text_model.` out).  unused: stored names that no
-    computation needs.
+    "diffusers"; "transformers 5" leaves `text_model.` out).
     """
 
     kind: str
@@ -87,7 +96,6 @@ class Component:
     metadata: dict[str, str] = field(default_factory=dict)
     prefix: str = ""
     style: str = "released"
-    unused: tuple[str, ...] = ()
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -101,19 +109,19 @@ def find_components(path: str | Path, clip: str | None = None) -> dict[str, Comp
     Raises CheckpointError that says what the file is when no network of SD3 is in it.
     """
     path = Path(path)
-    if path.is_dir():
+    if is_folder(path):
         return _in_folder(path, clip)
     return _in_tensors(read_stored(path), ClipHints("", clip, path.name))
 
 
 def _in_folder(folder: Path, clip: str | None) -> dict[str, Component]:
     """The networks of a diffusers folder, or of one of its subfolders."""
-    if (folder / "unet").is_dir():
+    if is_folder(folder / "unet"):
         raise CheckpointError(
             f"{folder}: is a diffusers folder of Stable Diffusion 1.x, 2.x or XL (it has a unet). "
             "This program runs Stable Diffusion 3 and 3.5."
         )
-    subfolders = [folder / name for name in _FOLDERS if (folder / name).is_dir()]
+    subfolders = [folder / name for name in _FOLDERS if is_folder(folder / name)]
     found: dict[str, Component] = {}
     for subfolder in subfolders or [folder]:
         weights = weights_in(subfolder)
@@ -143,7 +151,9 @@ def _in_tensors(stored: Stored, hints: ClipHints) -> dict[str, Component]:
         raise CheckpointError(
             f"{stored.file.name}: holds no part of Stable Diffusion 3 "
             f"({len(stored.parts)} tensors: {name_list(stored.parts)})."
+            + (f" {what_to_do(stored.file)}" if is_shard(stored.file) else "")
         )
+    _check_claimed(stored, [root.prefix for root in roots])
     found: dict[str, Component] = {}
     for root in roots:
         names = _names_under(root.prefix, stored.parts, [other.prefix for other in roots])
@@ -152,6 +162,23 @@ def _in_tensors(stored: Stored, hints: ClipHints) -> dict[str, Component]:
         kind = _clip_kind(root.prefix, names, hints) if root.kind == "clip" else root.kind
         found.setdefault(kind, _component(kind, root, names, stored))
     return {kind: found[kind] for kind in COMPONENTS if kind in found}
+
+
+def _check_claimed(stored: Stored, prefixes: list[str]) -> None:
+    """What stands under a released prefix is a network, or the remains of one."""
+    strays = [key for key in stored.parts if not key.startswith(tuple(prefixes))]
+    for kind, prefix in PREFIXES.items():
+        inside = [key for key in strays if key.startswith(prefix)]
+        torn = [key for key in inside if not _is_ignored(kind, key.removeprefix(prefix))]
+        if torn:
+            raise CheckpointError(
+                f"{stored.file.name}: holds {len(torn)} tensors of {TITLES[kind]} "
+                f"({name_list(torn)}), and the rest of it is missing. {what_to_do(stored.file)}"
+            )
+
+
+def _is_ignored(kind: str, name: str) -> bool:
+    return any(names.fullmatch(name) for names in (_IGNORED, _IGNORED_IN[kind]))
 
 
 def _with_text_model(name: str) -> str:
@@ -178,8 +205,9 @@ class _Root:
 def _roots(keys: Mapping[str, Part]) -> Iterator[_Root]:
     """Where a network begins: its kind and the prefix before its names.
 
-    Only CLIP is there twice; of the others the prefix with most names counts, the first one of
-    equals (an EMA copy comes after the model).
+    Only CLIP is there twice (looked for at most eight times, lest a hostile header take hours);
+    of the others the prefix with most names counts, the first one of equals (an EMA copy comes
+    after the model).
     """
     counts: dict[str, Counter[_Root]] = {}
     for key in keys:
@@ -187,7 +215,7 @@ def _roots(keys: Mapping[str, Part]) -> Iterator[_Root]:
             if found := sign.match(key):
                 counts.setdefault(kind, Counter())[_Root(kind, style, found[1])] += 1
     for kind, counter in counts.items():
-        for root, _ in counter.most_common(None if kind == "clip" else 1):
+        for root, _ in counter.most_common(8 if kind == "clip" else 1):
             yield root
 
 
@@ -221,14 +249,11 @@ def clip_of_released_size(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
 def _component(kind: str, root: _Root, names: dict[str, Part], stored: Stored) -> Component:
     if kind == "t5" and "shared.weight" not in names:
         names = {_with_shared(name): part for name, part in names.items()}
-    unused = [name for name in names if _IGNORED.fullmatch(name)]
-    unused += [name for name in names if _IGNORED_IN[kind].fullmatch(name)]
-    kept = {name: part for name, part in names.items() if name not in set(unused)}
+    kept = {name: part for name, part in names.items() if not _is_ignored(kind, name)}
     sources = {
         key: make_source(stored.file, key, their_keys, names, swapped)
         for key, their_keys, swapped in _assignments(kind, root.style, kept)
     }
-    scales = {f"{name.rpartition('.')[0]}.{end}" for name in kept for end in SCALE_NAMES}
     return Component(
         kind=kind,
         file=stored.file,
@@ -236,7 +261,6 @@ def _component(kind: str, root: _Root, names: dict[str, Part], stored: Stored) -
         metadata=stored.metadata,
         prefix=root.prefix,
         style=root.style,
-        unused=tuple(root.prefix + name for name in unused if name not in scales),
     )
 
 

@@ -10,17 +10,20 @@ from ..errors import CheckpointError
 from ..models.attention import Attention, attention
 from ..models.cast import CastOps, Scaled, cast
 from ..models.clip import CLIPConfig, CLIPTextModel
-from ..models.mmdit import MMDiT, MMDiTConfig
+from ..models.mmdit import HEAD_DIM, MMDiT, MMDiTConfig
 from ..models.onednn import Ops
 from ..models.t5 import T5Config, T5Encoder
 from ..models.vae import VAE, VAEConfig
 from .layouts import SUPPLIERS, TITLES, Component, find_components
 from .sources import read_sources
-from .stored import name_list
+from .stored import name_list, what_to_do
 
 Config = MMDiTConfig | VAEConfig | CLIPConfig | T5Config
 
 CONVERTED_AT_MOST = 2**30  # bytes a conversion may cost when it enlarges the weights
+# More would only be a header made to keep the program busy: each block is built to be checked.
+MAX_BLOCKS = 256
+MAX_LEVELS = 8
 
 
 def load_mmdit(
@@ -187,7 +190,7 @@ def _config(component: Component) -> Config:
             fault = f"it lacks {cause.args[0]}, which tells its size"
         raise CheckpointError(
             f"{component.file.name}: looks like {TITLES[component.kind]}, but {fault}. "
-            f"Download the file again."
+            f"{what_to_do(component.file)}"
         ) from error
 
 
@@ -196,21 +199,32 @@ def _config_from_shapes(kind: str, shapes: dict[str, tuple[int, ...]]) -> Config
         vae = VAEConfig.from_shapes(shapes)
         if not vae.channels:
             raise KeyError("encoder.down.0.block.0.conv1.weight")
+        _check_count(len(vae.channels), "levels", MAX_LEVELS)
+        _check_count(len(vae.channels) * vae.blocks_per_level, "blocks", MAX_BLOCKS)
         return vae
     if kind == "t5":
-        return T5Config.from_shapes(shapes)
+        t5 = T5Config.from_shapes(shapes)
+        _check_count(t5.num_layers, "layers", MAX_BLOCKS)
+        return t5
     if kind == "mmdit":
-        mmdit = MMDiTConfig.from_shapes(shapes)
+        depth = shapes["x_embedder.proj.weight"][0] // HEAD_DIM
         blocks = {key.split(".")[1] for key in shapes if key.startswith("joint_blocks.")}
-        if mmdit.depth != len(blocks):
+        _check_count(len(blocks), "blocks", MAX_BLOCKS)
+        if depth != len(blocks):
             raise ValueError(
-                f"it has {len(blocks)} blocks, and its width asks for {mmdit.depth} (64 a block)"
+                f"it has {len(blocks)} blocks, and its width asks for {depth} (64 a block)"
             )
-        return mmdit
+        return MMDiTConfig.from_shapes(shapes)
     clip = CLIPConfig.from_shapes(shapes, kind)
+    _check_count(clip.num_layers, "layers", MAX_BLOCKS)
     if clip.hidden_size % 64:
         raise ValueError(f"it is {clip.hidden_size} wide, no multiple of a head's 64")
     return clip
+
+
+def _check_count(number: int, what: str, most: int) -> None:
+    if number > most:
+        raise ValueError(f"it has {number} {what}, and at most {most} are read")
 
 
 _NETWORKS: dict[type, Any] = {
@@ -254,5 +268,5 @@ def _check(component: Component, network: nn.Module) -> None:
     if faults:
         raise CheckpointError(
             f"{component.file.name}: {'; '.join(faults)}. It looks like {TITLES[component.kind]}, "
-            f"damaged or made for another program: download the file again."
+            f"damaged or made for another program. {what_to_do(component.file)}"
         )

@@ -9,6 +9,8 @@ from pathlib import Path
 from ..errors import CheckpointError
 from .header import Header, TensorInfo, read_header, shown
 
+_SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -47,10 +49,11 @@ def _read_shards(index: Path) -> Stored:
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index.name}: is no index of safetensors shards.") from error
     parts: dict[str, Part] = {}
+    beside = _names_in(index.parent)
     for name in sorted(set(wanted.values())):
         if Path(name).name != name:  # a shard lies beside its index, nowhere else
             raise CheckpointError(f"{index.name}: names a shard outside its folder.")
-        if not (index.parent / name).exists():
+        if name not in beside:
             missing = sum(shard == name for shard in wanted.values())
             raise CheckpointError(
                 f"{index.name}: the shard {name} with {missing} tensors is missing. Download it "
@@ -68,18 +71,43 @@ def _read_shards(index: Path) -> Stored:
 
 
 def weights_in(folder: Path) -> Path | None:
-    """The index or weight file of a component's folder; without variant (fp16) if there is one."""
-    names = sorted(entry.name for entry in folder.iterdir())
-    shard = re.compile(r"-\d+-of-\d+\.safetensors$")
+    """The index or weight file of a component's folder; without variant (fp16) if there is one.
+
+    Raises CheckpointError when the folder may not be read.
+    """
+    names = _names_in(folder)
     indices = [name for name in names if re.search(r"\.safetensors\.index(\..+)?\.json$", name)]
-    files = [n for n in names if n.endswith(".safetensors") and not shard.search(n)]
+    files = [n for n in names if n.endswith(".safetensors") and not _SHARD.search(n)]
     expected = ("diffusion_pytorch_model", "model")
     chosen = [name for name in files + indices if name.startswith(expected)]
-    return folder / min(chosen, key=len) if chosen else None
+    plain = re.compile(r"[a-z_]+\.safetensors(\.index\.json)?")
+    chosen.sort(key=lambda name: (not plain.fullmatch(name), len(name)))
+    return folder / chosen[0] if chosen else None
+
+
+def _names_in(folder: Path) -> list[str]:
+    try:
+        return sorted(entry.name for entry in folder.iterdir())
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be read: {error.strerror or error}.") from error
+
+
+def is_shard(file: Path) -> bool:
+    return _SHARD.search(file.name) is not None
+
+
+def what_to_do(file: Path) -> str:
+    """The end of a message about a network that is not whole in this file."""
+    if is_shard(file):
+        return (
+            "It is one shard of several: name the folder they lie in, or their index "
+            "(*.safetensors.index.json) instead."
+        )
+    return "Download the file again."
 
 
 def describe_folder(folder: Path) -> str:
-    names = sorted(entry.name for entry in folder.iterdir())
+    names = _names_in(folder)
     files = [name for name in names if name.endswith(".safetensors")]
     if files:
         return f"Name one of its files: {name_list(files)}."

@@ -99,12 +99,16 @@ def _chosen(header: Header, names: Iterable[str] | None) -> Mapping[str, TensorI
 
 
 def _check_unchanged(header: Header) -> None:
-    """A file that shrank under its mapping would end the process at the first touch."""
+    """Another file of the same size would give other weights under this header's names.
+
+    A file that shrank under its mapping would end the process at the first touch.
+    """
     try:
-        size = header.path.stat().st_size
+        now = header.path.stat()
     except OSError as error:
         raise _changed(header.path) from error
-    if size != header.size:
+    read = (header.size, header.inode, header.mtime_ns)
+    if (now.st_size, now.st_ino, now.st_mtime_ns) != read:
         raise _changed(header.path)
 
 

@@ -1,12 +1,14 @@
 """The header of a file: read when it is right, one sentence when it is not."""
 
 import json
+import os
 import struct
 import warnings
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from sd3_pack.sd3_core.checkpoints import header as header_module
 from sd3_pack.sd3_core.checkpoints import tensors
 from sd3_pack.sd3_core.checkpoints.header import DTYPES, fingerprint, read_header
 from sd3_pack.sd3_core.checkpoints.tensors import map_tensors, read_bytes, read_tensors
@@ -95,6 +97,47 @@ def test_memory_that_the_system_refuses_is_one_sentence(file, monkeypatch):
     monkeypatch.setattr(tensors.mmap, "mmap", refuse)
     with pytest.raises(CheckpointError, match=r"cannot be mapped into memory .*Cannot allocate"):
         map_tensors(read_header(file))
+
+
+def grow(path) -> None:
+    path.write_bytes(path.read_bytes() + b"more")
+
+
+def replace_by_another_of_the_same_size(path) -> None:
+    state = path.stat()
+    other = path.with_name("other")
+    other.write_bytes(bytes(state.st_size))
+    os.utime(other, ns=(state.st_atime_ns, state.st_mtime_ns))
+    os.replace(other, path)
+
+
+def write_over(path) -> None:
+    state = path.stat()
+    with path.open("r+b") as file:
+        file.write(bytes(state.st_size))
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns + 10**9))
+
+
+@pytest.mark.parametrize("change", [grow, replace_by_another_of_the_same_size, write_over])
+@pytest.mark.parametrize(
+    "reader", [map_tensors, read_tensors, lambda header: read_bytes(header, "a")]
+)
+def test_a_file_that_changed_since_its_header_was_read_is_refused(file, change, reader):
+    header = read_header(file)
+    change(file)
+    with pytest.raises(CheckpointError, match="has changed while it was being read"):
+        reader(header)
+
+
+def test_more_tensors_than_any_model_has_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(header_module, "MAX_TENSORS", 3)
+    entries = {str(i): entry(shape=(0,), end=0) for i in range(4)}
+    path = raw_file(tmp_path / "x.safetensors", json.dumps(entries).encode())
+    assert "it names 4 tensors, more than any model has" in complaint(path)
+    path = raw_file(
+        tmp_path / "x.safetensors", json.dumps(dict(list(entries.items())[1:])).encode()
+    )
+    assert len(read_header(path).tensors) == 3
 
 
 def test_writing_to_a_mapped_tensor_leaves_the_file_alone(file):

@@ -1,11 +1,16 @@
 """What a file is, told from names and shapes, in every layout people have."""
 
 import json
+import re
+import time
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sd3_pack.sd3_core.checkpoints.layouts import COMPONENTS, find_components
+from sd3_pack.sd3_core.checkpoints.header import fingerprint, is_folder
+from sd3_pack.sd3_core.checkpoints.inspect import inspect
+from sd3_pack.sd3_core.checkpoints.layouts import COMPONENTS, TITLES, find_components
 from sd3_pack.sd3_core.checkpoints.load import (
     component_of,
     load_clip,
@@ -15,7 +20,14 @@ from sd3_pack.sd3_core.checkpoints.load import (
     read_state_dict,
 )
 from sd3_pack.sd3_core.errors import CheckpointError
-from tiny import PARTS, SINGLE_FILE_PREFIXES, tiny_state_dicts, write_tiny_checkpoint
+from tiny import (
+    PARTS,
+    SINGLE_FILE_PREFIXES,
+    tiny_state_dicts,
+    with_prefixes,
+    write_hollow,
+    write_tiny_checkpoint,
+)
 
 # What people put before the released names, beside the released files' own prefixes.
 PREFIXES = {
@@ -97,7 +109,44 @@ def test_extras_that_files_carry_are_left_out_and_listed(tmp_path, states):
     save_file(states["clip_l"] | extras, tmp_path / "clip_l.safetensors")
     component = component_of(tmp_path / "clip_l.safetensors", "clip_l")
     assert same(read_state_dict(component), states["clip_l"])
-    assert set(component.unused) == set(extras)
+    report = inspect(tmp_path / "clip_l.safetensors")
+    assert set(report.unused) == set(extras)
+    assert any(line.startswith("5 tensors are not used: ") for line in report.lines())
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_the_remains_of_a_network_under_a_released_prefix_are_refused(tmp_path, states, part):
+    other = "vae" if part == "mmdit" else "mmdit"
+    rest = next(name for name in states[part] if not re.search(r"\.\d+\.", name))
+    tensors = with_prefixes({other: states[other], part: {rest: states[part][rest]}})
+    save_file(tensors, tmp_path / "x.safetensors")
+    message = complaint(tmp_path / "x.safetensors")
+    assert f"holds 1 tensors of {TITLES[part]} ({SINGLE_FILE_PREFIXES[part]}" in message
+    assert message.endswith("the rest of it is missing. Download the file again.")
+
+
+def test_what_lies_outside_the_released_prefixes_is_listed_only(tmp_path, states):
+    strays = {
+        "model_ema.decay": torch.ones(()),
+        "text_encoders.t5xxl.transformer.scaled_fp8": torch.ones(2),
+        "text_encoders.clip_g.transformer.logit_scale": torch.ones(()),
+        "text_encoders.clip_l.tokenizer.vocab.json": torch.ones(3, dtype=torch.uint8),
+    }
+    save_file(with_prefixes({"mmdit": states["mmdit"]}) | strays, tmp_path / "x.safetensors")
+    report = inspect(tmp_path / "x.safetensors")
+    assert set(report.unused) == {
+        "model_ema.decay",
+        "text_encoders.clip_g.transformer.logit_scale",
+    }
+
+
+def test_a_header_of_many_small_clips_is_looked_through_at_once(tmp_path):
+    name = "{}.text_model.encoder.layers.0.layer_norm1.weight"
+    shapes = {name.format(i): (1,) for i in range(20_000)}
+    path = write_hollow(tmp_path / "x.safetensors", shapes)
+    began = time.process_time()
+    find_components(path)
+    assert time.process_time() - began < 5
 
 
 def test_t5_with_its_decoder_or_its_embedding_under_either_name(tmp_path, states):
@@ -208,6 +257,41 @@ def test_the_plain_file_is_preferred_to_its_variant(folder):
     assert find_components(folder)["vae"].file == plain
     plain.unlink()
     assert find_components(folder)["vae"].file == half
+
+
+def test_plain_shards_are_preferred_to_a_whole_variant(folder):
+    plain = folder / "text_encoder_3" / "model.safetensors"
+    half = {k: v.half() for k, v in load_file(plain).items()}
+    shard(folder / "text_encoder_3")
+    save_file(half, folder / "text_encoder_3" / "model.fp16.safetensors")
+    assert find_components(folder)["t5"].file.name == "model.safetensors.index.json"
+
+
+@pytest.mark.parametrize("part", ["transformer", "text_encoder_3"])
+def test_one_shard_alone_says_what_to_name_instead(folder, part):
+    shard(folder / part, names_per_shard=4)
+    for file in (folder / part).glob("*-of-*"):
+        with pytest.raises(CheckpointError) as caught:
+            inspect(file)
+        assert "is one shard of several: name the folder they lie in" in str(caught.value), file
+
+
+def test_a_folder_that_may_not_be_searched_is_one_sentence(tmp_path, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    for read in (find_components, inspect, is_folder, fingerprint):
+        with pytest.raises(CheckpointError, match=r"m: cannot be opened: Permission denied\.$"):
+            read(tmp_path / "m")
+
+
+def test_a_folder_that_may_not_be_listed_is_one_sentence(folder, monkeypatch):
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    assert complaint(folder).endswith("transformer: cannot be read: Permission denied.")
 
 
 def test_a_folder_without_transformer_gives_the_rest(folder):

@@ -1,5 +1,8 @@
 """Files become networks: strictly, in the precision asked for, without copies."""
 
+import time
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -25,6 +28,7 @@ from tiny import (
     shapes_of,
     tiny_state_dicts,
     with_prefixes,
+    write_hollow,
     write_tiny_checkpoint,
 )
 from torch import nn
@@ -465,6 +469,42 @@ def test_a_depth_that_does_not_fit_the_width_is_told(tmp_path, states):
     kept = {k: v for k, v in states["mmdit"].items() if not k.startswith("joint_blocks.1.")}
     save_file(kept, tmp_path / "m.safetensors")
     assert "it has 1 blocks, and its width asks for 2" in complaint(tmp_path / "m.safetensors")
+
+
+def hollow(path, part: str, config):
+    """A file with the names and shapes of this network, and zeros in it."""
+    return write_hollow(path, shapes_of(NETWORKS[part][0], config))
+
+
+@pytest.mark.parametrize(
+    ("part", "fields", "fault"),
+    [
+        ("vae", {"channels": (32,) * 9}, "9 levels, and at most 8"),
+        ("vae", {"channels": (32,) * 2, "blocks_per_level": 129}, "258 blocks, and at most 256"),
+        ("clip_l", {"num_layers": 257}, "257 layers, and at most 256"),
+        ("t5", {"num_layers": 257}, "257 layers, and at most 256"),
+    ],
+)
+def test_networks_of_absurd_depth_are_refused_before_they_are_built(
+    tmp_path, monkeypatch, part, fields, fault
+):
+    path = hollow(tmp_path / f"{part}.safetensors", part, replace(NETWORKS[part][1], **fields))
+    monkeypatch.setattr(load, "_build", None)
+    assert fault in complaint(path, part)
+
+
+def test_an_mmdit_of_absurd_depth_is_refused_before_its_table_is_made(tmp_path, states):
+    shapes = {k: tuple(v.shape) for k, v in states["mmdit"].items()}
+    shapes |= {f"joint_blocks.{i}.x_block.attn.qkv.weight": (1, 1) for i in range(257)}
+    path = write_hollow(tmp_path / "m.safetensors", shapes)
+    assert "257 blocks, and at most 256" in complaint(path)
+    shapes = {k: tuple(v.shape) for k, v in states["mmdit"].items()}
+    path = write_hollow(
+        tmp_path / "m.safetensors", shapes | {"x_embedder.proj.weight": (2**32, 1, 1, 1)}
+    )
+    began = time.process_time()
+    assert "its width asks for 67108864" in complaint(path)
+    assert time.process_time() - began < 2
 
 
 def resized(state, old: int, new: int) -> dict[str, torch.Tensor]:
