@@ -146,7 +146,7 @@ def all_cases(size: str) -> tuple[Case, ...]:
         Case("sample", "sample", D8, pixels=256, batch=1, steps=8),
         Case("decode-256", "decode", VAEConfig(), pixels=256, batch=1),
         Case("decode-512", "decode", VAEConfig(), pixels=512, batch=1),
-        *train_cases(D8, text=333),
+        *train_cases(D8, text=77),
         *growth_cases(D4, text=77),
     )
 
