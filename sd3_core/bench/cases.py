@@ -17,8 +17,8 @@ from ..schedule import Schedule
 
 CFG = 4.5
 WORK = ("load", "forward", "sample", "decode", "train")
-# Two orders of the same float32 sums part by this much of the largest value: ten times what was
-# seen between the four implementations.  A sampler carries each step's difference into the next.
+# Two orders of the same float32 sums part by less than this part of the largest value: five to ten
+# times what was seen between the four implementations.  A sampler carries its differences along.
 # A training's losses are compared step by step.
 TOLERANCE = {"load": 1e-6, "forward": 2e-5, "sample": 2e-4, "decode": 5e-5, "train": 1e-4}
 
