@@ -1,7 +1,8 @@
 """What the user asks for, and all that can be said against it before the long work starts."""
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from .checkpoints.load import component_of, read_config
 from .checkpoints.lora_files import LoRAFile, read_lora
 from .errors import CheckpointError
 from .guidance import SkipLayers, check_layers
+from .lora import check_fit
 from .models.mmdit import MMDiTConfig
 from .models.vae import VAEConfig
 from .pictures import check_readable
@@ -111,7 +113,7 @@ def make_plan(files: Files, settings: Settings) -> Plan:
     """
     parts = find_parts(files)
     sizes: dict[str, Any] = {kind: read_config(part) for kind, part in parts.items()}
-    check_fit(parts, sizes)
+    check_sizes(parts, sizes)
     mmdit: MMDiTConfig = sizes["mmdit"]
     vae: VAEConfig = sizes["vae"]
     preset = model_preset(parts["mmdit"], mmdit)
@@ -126,7 +128,7 @@ def make_plan(files: Files, settings: Settings) -> Plan:
         for path, strength in files.loras
     )
     for (path, _), (lora, _) in zip(files.loras, loras, strict=True):
-        check_lora(path, lora, parts)
+        check_lora(path, lora, parts, settings.use)
     schedule = Schedule(_number("shift", settings.shift))
     skip = SkipLayers(
         settings.skip_layers or (),
@@ -197,7 +199,7 @@ def find_parts(files: Files) -> dict[str, Component]:
     return parts
 
 
-def check_fit(parts: Mapping[str, Component], sizes: Mapping[str, Any]) -> None:
+def check_sizes(parts: Mapping[str, Component], sizes: Mapping[str, Any]) -> None:
     """Networks of different models do not work together; their sizes tell.
 
     Raises CheckpointError.
@@ -225,24 +227,23 @@ def check_fit(parts: Mapping[str, Component], sizes: Mapping[str, Any]) -> None:
         refuse("t5", f"tokens {sizes['t5'].d_model} wide", f"{mmdit.context_dim}")
 
 
-def check_lora(path: Path, lora: LoRAFile, parts: Mapping[str, Component]) -> None:
-    """Raises CheckpointError when the LoRA is for another model."""
-    matched = 0
-    for kind, adapters in lora.parts.items():
-        shapes = parts[kind].shapes if kind in parts else {}
-        for adapter in (adapter for adapter in adapters if adapter.name in shapes):
-            matched += 1
-            if not adapter.fits(shapes[adapter.name]):
-                raise CheckpointError(
-                    f"{path.name}: is for another model: {adapter.name} has the shape "
-                    f"{list(shapes[adapter.name])} in {parts[kind].file.name}, the LoRA changes "
-                    f"{' x '.join(map(str, adapter.change.shape))}."
-                )
-    if not matched:
+def check_lora(path: Path, lora: LoRAFile, parts: Mapping[str, Component], use: Container[str]):
+    """Raises CheckpointError when the LoRA is for another model; warns of parts that do nothing."""
+    idle = [TITLES[kind] for kind in lora.parts if kind in ENCODERS and kind not in use]
+    if idle:
+        warnings.warn(f"{path.name}: changes {', '.join(idle)}, which is off.", stacklevel=2)
+    here = [kind for kind in lora.parts if kind in parts]
+    if not here:
+        there = ", ".join(TITLES[kind] for kind in lora.parts)
         raise CheckpointError(
-            f"{path.name}: none of its adapters has a layer in these networks "
-            f"({', '.join(parts)}): it is for another model."
+            f"{path.name}: changes {there} alone, which is not among the files given "
+            f"({', '.join(parts)}). Add it, or leave the LoRA away."
         )
+    for kind in here:
+        try:
+            check_fit(lora.parts[kind], parts[kind].shapes)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path.name}: {error}") from error
 
 
 def model_preset(mmdit: Component, config: MMDiTConfig) -> Preset:

@@ -363,8 +363,23 @@ def test_loras_act_by_their_strength_and_are_recorded(files, plain, tmp_path):
 
 def test_a_lora_of_another_model_is_refused_before_the_work(files, tmp_path):
     path = lora_for(tmp_path / "style.safetensors", width=192)
-    with pytest.raises(CheckpointError, match=r"style\.safetensors: is for another model"):
+    with pytest.raises(
+        CheckpointError, match=r"style\.safetensors: this LoRA is for another"
+    ):
         make_plan(replace(files, loras=((path, 1.0),)), QUICK)
+
+
+def test_a_lora_part_for_an_encoder_that_is_off_is_noted(files, tmp_path):
+    path = lora_for(tmp_path / "style.safetensors")
+    off = replace(QUICK, use=("clip_g", "t5"))
+    result = generate(replace(files, loras=((path, 1.0),)), off)
+    assert any("CLIP-L, which is off" in note for note in result.notes)
+
+
+def test_a_lora_strength_that_is_no_number_is_refused(files, tmp_path):
+    path = lora_for(tmp_path / "style.safetensors")
+    with pytest.raises(ValueError, match=r"the strength of style\.safetensors is nan"):
+        make_plan(replace(files, loras=((path, float("nan")),)), QUICK)
 
 
 def test_a_checkpoint_given_as_lora_is_refused(files):
