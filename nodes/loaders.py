@@ -11,7 +11,7 @@ from ..sd3_core.checkpoints.layouts import SUPPLIERS, Component
 from ..sd3_core.checkpoints.load import component_of, read_config
 from ..sd3_core.errors import CheckpointError
 from ..sd3_core.models.mmdit import MMDiTConfig
-from ..sd3_core.settings import check_fit
+from ..sd3_core.settings import check_sizes
 from ..sd3_core.text.encoders import ENCODERS
 from ._compat import advanced, inference_dtype, schema, set_reload
 from .comfy_model import AUTO, SD3VAE, WEIGHT_DTYPES, make_model
@@ -118,7 +118,7 @@ def config_beside(parts: Mapping[str, Component]) -> MMDiTConfig | None:
 
 def check_together(parts: Mapping[str, Component]) -> None:
     """Whether these networks are of one model.  Raises CheckpointError; needs mmdit and vae."""
-    check_fit(parts, {kind: read_config(part) for kind, part in parts.items()})
+    check_sizes(parts, {kind: read_config(part) for kind, part in parts.items()})
 
 
 # Nodes

@@ -302,12 +302,12 @@ def run_train(options: argparse.Namespace) -> int:
         outcome = train(config, bar.on_step, bar.on_note, bar.on_progress)
     except KeyboardInterrupt:
         return 130
-    except RuntimeError as error:
+    except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         raise ValueError(
-            "the device's memory is full. Try gradient_checkpointing = true, a smaller batch_size "
-            "with more accumulation, or a smaller resolution."
+            "the memory is full. Take the same run up again with gradient_checkpointing = true, or "
+            "with a smaller batch_size and more accumulation."
         ) from error
     finally:
         bar.close()

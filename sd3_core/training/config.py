@@ -47,6 +47,7 @@ class LoopConfig:
         for name in ("warmup", "export_every", "validate_every", "sample_every", "weight_decay"):
             _check(self, name, getattr(self, name) >= 0, "0 or more")
         _check(self, "learning_rate", 0 < self.learning_rate < math.inf, "above 0, such as 1e-4")
+        _check(self, "weight_decay", self.weight_decay < math.inf, "a number such as 0.01")
         _check(self, "eps", 0 < self.eps < 1, "a very small number, such as 1e-15")
         _check(self, "betas", all(0 <= beta < 1 for beta in self.betas), "two numbers in 0..1")
         _check(self, "clip", 0 <= self.clip < math.inf, "0 (not limited) or more")
@@ -148,6 +149,11 @@ class TrainConfig(LoopConfig):
             _check(self, name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         for name in ("rank", "depth", "patch_size", "position_size", "validation_items"):
             _check(self, name, getattr(self, name) >= 1, "a whole number from 1")
+        _check(self, "lora_dropout", self.lora_dropout < 1, "below 1: at 1 nothing is learnt")
+        alpha = 1.0 if self.lora_alpha is None else self.lora_alpha
+        _check(self, "lora_alpha", 0 < alpha < math.inf, "above 0; leave it away for the rank")
+        resolution = 1024 if self.resolution is None else self.resolution
+        _check(self, "resolution", resolution >= 16, "pixels, such as 1024")
         rising = 0 <= self.lowest_sigma < self.highest_sigma <= 1
         _check(self, "lowest_sigma", rising, "below highest_sigma, both between 0 and 1")
         _check(

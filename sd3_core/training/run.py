@@ -83,15 +83,22 @@ class Run:
     def settle(self, identity: Mapping[str, Any], steps: int, settings: Mapping[str, Any]) -> None:
         """Make sure that this is the run that is asked for; write down what it is.
 
-        identity: what must not change, as JSON holds it.  steps: may rise.
+        identity: what must not change once a step is done, as JSON holds it.  steps: may rise, or
+        fall to what is done.
         Raises RunRefused with the list of what differs.
         """
         known = self._config()
         identity = json.loads(json.dumps(identity))
+        reached = max(self.states(), default=0)
+        if known is not None and known["identity"] != identity and reached == 0:
+            # Nothing was learnt yet, for example because the memory did not suffice.
+            for path in (self.folder / "state").glob("*.safetensors"):
+                path.unlink()
+            known = None
         if known is not None:
             lines = differences(known["identity"], identity)
-            if steps < known["steps"]:
-                lines.append(f"steps: {known['steps']} -> {steps} (a run can only be made longer)")
+            if steps < reached:
+                lines.append(f"steps: {known['steps']} -> {steps} ({reached} are done already)")
             if lines:
                 raise RunRefused(
                     f"there is a run named {self.name!r} with other settings:\n  "

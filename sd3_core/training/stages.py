@@ -16,7 +16,7 @@ from ..checkpoints.stored import Part
 from ..generate import stored_files
 from ..models.vae import VAE, Posterior
 from ..precision import check_finite
-from ..settings import RELEASED_WINDOW, Files, check_fit, find_parts
+from ..settings import RELEASED_WINDOW, Files, check_sizes, find_parts
 from ..text.encoders import ENCODERS, TextEncoders
 from ..text.prompt import parse_prompt
 from ..text.tokenizers import Tokenizer, clip_windows, t5_sequence
@@ -57,7 +57,7 @@ def model_cache(
     """
     parts = find_parts(files)
     sizes: dict[str, Any] = {kind: read_config(part) for kind, part in parts.items()}
-    check_fit(parts, sizes)
+    check_sizes(parts, sizes)
     on = [name for name in ENCODERS if name in use and name in parts]
     clips = {name: sizes[name] for name in on if name != "t5"}
     window = next((clip.window for clip in clips.values()), RELEASED_WINDOW)

@@ -10,7 +10,7 @@ from ..checkpoints.load import component_of, read_config
 from ..models.mmdit import MMDiTConfig
 from ..presets import PRESETS, Preset, family
 from ..schedule import Schedule, Window
-from ..settings import FLAGS, check_fit, model_preset, settled_shift
+from ..settings import FLAGS, check_sizes, model_preset, settled_shift
 from .config import TrainConfig
 from .dataset import Dataset, read_dataset
 from .densities import find_density
@@ -44,7 +44,7 @@ def find_subject(config: TrainConfig) -> Subject:
         preset, kind = PRESETS["other"], "other"
         preset = replace(preset, shift=1.0, native_pixels=(config.resolution or 0) ** 2)
     else:
-        check_fit(parts, sizes)
+        check_sizes(parts, sizes)
         preset = model_preset(parts["mmdit"], sizes["mmdit"])
         hints = [parts["mmdit"].file.name, *parts["mmdit"].metadata.values()]
         kind = family(sizes["mmdit"], hints)

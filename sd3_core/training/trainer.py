@@ -34,10 +34,12 @@ from .stages import Machine, fingerprint_of, model_cache
 from .subject import Subject, cache_folder, find_subject, patch_pixels, small_model
 from .validation import chosen
 
-# Settings that a run may change between two starts: where things lie, and how a batch is divided.
-# The content of files and folders is compared instead, and the size of the whole batch.
+# Settings that a run may change between two starts: where things lie, how a batch is divided, what
+# saves memory without changing a number.  The content of files and folders is compared instead, and
+# the size of the whole batch.
 FREE = (
     *("run_name", "output", "steps", "batch_size", "accumulation", "check_memory"),
+    "gradient_checkpointing",
     *("data", "validation_data", "checkpoint", "tokenizers", *FLAGS),
 )
 

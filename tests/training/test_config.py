@@ -141,3 +141,18 @@ def test_every_setting_is_in_one_of_the_examples():
         if not any(f"{field} = " in text for text in texts)
     ]
     assert missing == []
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("lora_alpha", 0.0),
+        ("lora_alpha", float("nan")),
+        ("lora_dropout", 1.0),
+        ("resolution", 0),
+        ("weight_decay", float("inf")),
+    ],
+)
+def test_settings_that_would_teach_nothing_are_refused(name, value):
+    with pytest.raises(ValueError, match=name):
+        make_config({"run_name": "x", "checkpoint": "x.safetensors", "data": ["x"], name: value})

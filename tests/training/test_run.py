@@ -124,12 +124,25 @@ def test_a_damaged_config_is_refused_not_overwritten(tmp_path, text):
 def test_every_difference_is_listed(tmp_path):
     with open_run(tmp_path, "run") as run:
         run.settle({"a": 1, "b": (1, 2), "gone": True}, 5, {})
+        run.save(State(5, {"x": torch.zeros(1)}), keep=1, best=None)
         run.settle({"a": 1, "b": [1, 2], "gone": True}, 6, {})
+        run.settle({"a": 1, "b": [1, 2], "gone": True}, 5, {})  # the sixth step was not done
         with pytest.raises(RunRefused) as error:
             run.settle({"a": 2, "b": [1, 2], "new": None}, 4, {})
     lines = str(error.value).splitlines()
     assert [line.strip() for line in lines[1:-1]] == [
         "a: 1 -> 2",
         "gone: true -> null",
-        "steps: 6 -> 4 (a run can only be made longer)",
+        "steps: 5 -> 4 (5 are done already)",
     ]
+
+
+def test_a_run_that_learnt_nothing_takes_new_settings(tmp_path):
+    with open_run(tmp_path, "run") as run:
+        run.settle({"batch": 64}, 5, {})
+        run.save(State(0, {"x": torch.zeros(1)}), keep=1, best=None)
+        run.settle({"batch": 2}, 5, {})
+        assert not run.states()
+        run.save(State(1, {"x": torch.zeros(1)}), keep=1, best=None)
+        with pytest.raises(RunRefused, match="batch: 2 -> 4"):
+            run.settle({"batch": 4}, 5, {})
