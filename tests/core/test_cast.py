@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from sd3_pack.sd3_core.models.cast import CastOps, Embedding, cast
-from torch import nn
+from sd3_pack.sd3_core.models.onednn import Ops, linear
 
 STORED = [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn, torch.float8_e5m2]
 COMPUTED = [torch.float32, torch.bfloat16, torch.float16]
@@ -14,7 +14,7 @@ def pair(name: str, *sizes: int, stored: torch.dtype, computed: torch.dtype):
     """The same layer twice: with stored weights that are cast, and converted once."""
     torch.manual_seed(0)
     layer = getattr(CastOps(computed), name)(*sizes)
-    converted = getattr(nn, name)(*sizes)
+    converted = getattr(Ops, name)(*sizes)
     state = {key: torch.randn(value.shape).to(stored) for key, value in layer.state_dict().items()}
     layer.load_state_dict(state, assign=True)
     converted.load_state_dict({k: v.to(computed) for k, v in state.items()}, assign=True)
@@ -66,7 +66,7 @@ def test_a_scale_multiplies_the_weight_before_it_is_rounded(scale, computed):
     layer.set_scale(scale)
     x = sample((3, 6), computed)
     weight = (layer.weight.float() * scale).to(computed)
-    assert layer(x).equal(F.linear(x, weight, layer.bias.to(computed)))
+    assert layer(x).equal(linear(x, weight, layer.bias.to(computed)))
 
 
 def test_an_embedding_s_rows_have_their_own_scales():
