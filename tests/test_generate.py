@@ -363,9 +363,7 @@ def test_loras_act_by_their_strength_and_are_recorded(files, plain, tmp_path):
 
 def test_a_lora_of_another_model_is_refused_before_the_work(files, tmp_path):
     path = lora_for(tmp_path / "style.safetensors", width=192)
-    with pytest.raises(
-        CheckpointError, match=r"style\.safetensors: this LoRA is for another"
-    ):
+    with pytest.raises(CheckpointError, match=r"style\.safetensors: this LoRA is for another"):
         make_plan(replace(files, loras=((path, 1.0),)), QUICK)
 
 
