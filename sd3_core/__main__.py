@@ -161,7 +161,7 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_bench)
     add = command.add_argument
     add("cases", nargs="*", metavar="CASE", help="load, forward, step, sample, decode, ...: all")
-    add("--quick", action="store_true", help="small cases, within a minute")
+    add("--quick", action="store_true", help="small cases, in a minute or two")
     add("--reference", type=Path, metavar="PATH", help="Stability's sd3.5 code, to compare with")
     add("--size", default="100mb", help="file of the load case: 100mb, 1gb, 4gb, 16gb")
     add("--rounds", type=int, help="how often each is timed; default 5, with --quick 3 (load: 1)")
