@@ -1,4 +1,4 @@
-"""The core's on_step -> ComfyUI's progress bar, preview and interruption; time and memory spent."""
+"""The core's on_step -> ComfyUI's bars, preview and interruption; time and memory spent."""
 
 import time
 from collections.abc import Callable
@@ -13,10 +13,10 @@ from ..sd3_core.samplers import OnStep, Step
 Callback = Callable[[dict[str, Any]], None]  # what comfy.samplers.KSAMPLER is told of a step
 
 
-def step_reporter(callback: Callback | None, dtype: torch.dtype) -> OnStep:
+def step_reporter(callback: Callback | None, dtype: torch.dtype, bar: Any) -> OnStep:
     """Stop where the user interrupts or the network overflows, else report.
 
-    dtype: of the network, for the message about an overflow.
+    dtype: of the network, for the message about an overflow.  bar: tqdm's, in the console.
     """
 
     def on_step(step: Step) -> None:
@@ -25,6 +25,7 @@ def step_reporter(callback: Callback | None, dtype: torch.dtype) -> OnStep:
             check_finite(step.x0, "the MMDiT's first step", dtype)
         if callback is not None:
             callback(as_comfyui(step))
+        bar.update()
 
     return on_step
 

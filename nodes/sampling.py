@@ -20,6 +20,7 @@ import latent_preview
 import torch
 from comfy_api.latest import io
 from torch import Tensor
+from tqdm.auto import tqdm
 
 from ..sd3_core.guidance import SkipLayers, check_layers, skip_layer_guidance
 from ..sd3_core.noise import noise
@@ -210,12 +211,16 @@ def walk(
     callback: Callback | None = None,
     disable: bool | None = None,
 ) -> Tensor:
-    """One of sd3_core's samplers by the call that comfy.samplers.KSAMPLER makes."""
+    """One of sd3_core's samplers by the call that comfy.samplers.KSAMPLER makes.
+
+    disable: no bar in the console.
+    """
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         return (x - model(x, sigma, **extra_args)) / per_image(sigma, x)
 
-    return SAMPLERS[name](velocity, x, sigmas, step_reporter(callback, dtype))
+    with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
+        return SAMPLERS[name](velocity, x, sigmas, step_reporter(callback, dtype, bar))
 
 
 @dataclass(frozen=True)

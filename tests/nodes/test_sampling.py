@@ -267,6 +267,11 @@ def test_each_step_reaches_comfyuis_progress_bar(our_model, conditioning, monkey
     assert seen[-1] == (STEPS, STEPS)
 
 
+def test_the_console_shows_the_steps_as_ksampler_does(our_model, conditioning, capfd):
+    sample(our_model, conditioning(1), conditioning(2))
+    assert f"| {STEPS}/{STEPS} [" in capfd.readouterr().err
+
+
 def test_an_overflow_is_named_at_the_first_step(our_model, conditioning):
     broken = our_model.clone()
     broken.set_model_unet_function_wrapper(lambda apply, arguments: arguments["input"] * torch.inf)
