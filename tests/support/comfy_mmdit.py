@@ -2,6 +2,7 @@
 
 python comfy_mmdit.py CHECKOUT INPUTS.safetensors OUT.safetensors FILE...
 INPUTS holds x, timestep, context and pooled; OUT gets the velocity of each FILE under its name.
+A FILE written as MODEL=LORA is the model with the LoRA at strength 1; its name is then the LoRA's.
 """
 
 import sys
@@ -23,8 +24,12 @@ def main(checkout: str, inputs: str, out: str, *files: str) -> None:
     given = load_file(inputs)
     velocities = {}
     for file in files:
+        file, _, lora = file.partition("=")
         state, metadata = comfy.utils.load_torch_file(file, return_metadata=True)
         patcher = comfy.sd.load_diffusion_model_state_dict(state, metadata=metadata)
+        if lora:
+            tensors = comfy.utils.load_torch_file(lora)
+            patcher, _ = comfy.sd.load_lora_for_models(patcher, None, tensors, 1.0, 0.0)
         comfy.model_management.load_models_gpu([patcher])
         model = patcher.model.diffusion_model
         dtype = patcher.model.get_dtype_inference()
@@ -35,7 +40,7 @@ def main(checkout: str, inputs: str, out: str, *files: str) -> None:
                 context=given["context"].to(dtype),
                 y=given["pooled"].to(dtype),
             )
-        velocities[Path(file).name] = velocity.float().contiguous()
+        velocities[Path(lora or file).name] = velocity.float().contiguous()
     save_file(velocities, out)
 
 
