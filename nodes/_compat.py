@@ -15,8 +15,13 @@ from torch import Tensor, nn
 
 
 def schema(fields: Mapping[str, Any]) -> Any:
-    """io.Schema of these fields, without those that this ComfyUI does not know (search words)."""
+    """io.Schema of these fields, without those that this ComfyUI does not know (search words).
+
+    Every node of ours reports; so that /history and a page loaded anew have the report also where
+    the node's result comes from the cache, all have the mark that ComfyUI asks for.
+    """
     known = {field.name for field in dataclasses.fields(io.Schema)}
+    fields = {"has_intermediate_output": True, **fields}
     return io.Schema(**{name: value for name, value in fields.items() if name in known})
 
 
