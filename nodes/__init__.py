@@ -5,6 +5,7 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension
 
+from . import routes
 from .latents import SD3EmptyLatent, SD3VAEDecode, SD3VAEEncode
 from .loaders import SD3LoadCheckpoint, SD3LoadMMDiT, SD3LoadTextEncoders, SD3LoadVAE
 from .lora import SD3LoadLoRA
@@ -34,4 +35,5 @@ def training_allowed() -> bool:
 
 class SD3Extension(ComfyExtension):
     async def get_node_list(self) -> list[Any]:
+        routes.register()
         return [*NODES, *(TRAINING_NODES if training_allowed() else [])]

@@ -126,12 +126,16 @@ class SD3ShiftSchedule(io.ComfyNode):
         with coded("bad_setting"):
             used = adapted_shift(shift, latent) if auto_shift else shift
             sigmas = Schedule(used).sigmas(steps, scheduler, denoise)
-        contents = {
-            "shift": used,
-            "sigmas": finite_list(sigmas, 1.0),
-            "log_snr": finite_list(log_snr(sigmas), MOST_LOG_SNR),
-        }
-        return io.NodeOutput(mark_shift(sigmas, used), ui=report(contents))
+        return io.NodeOutput(mark_shift(sigmas, used), ui=report(schedule_report(used, sigmas)))
+
+
+def schedule_report(shift: float, sigmas: Tensor) -> dict[str, Any]:
+    """The two curves of a schedule.  sigmas: [steps + 1]."""
+    return {
+        "shift": shift,
+        "sigmas": finite_list(sigmas, 1.0),
+        "log_snr": finite_list(log_snr(sigmas), MOST_LOG_SNR),
+    }
 
 
 def adapted_shift(shift: float, latent: dict[str, Any] | None) -> float:
