@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from ..decode import EXTENSIONS
+from .contents import Contents, short_hash
 from .duplicates import exact_duplicates, near_duplicates
 from .folders import Found, Listing, Source, list_pictures
 from .framing import Framing
@@ -104,6 +105,21 @@ class Dataset:
             facts = (item.picture.key, item.bucket, item.captions, item.repeats, item.weight)
             described.update(repr(facts).encode())
         return described.hexdigest()
+
+    @cached_property
+    def contents(self) -> Contents:
+        """The digest in parts, to tell what has changed; see contents.changes."""
+        return {
+            item.name: tuple(
+                short_hash(part)
+                for part in (
+                    item.captions,
+                    item.picture.digest,
+                    (item.picture.key, item.bucket, item.repeats, item.weight),
+                )
+            )
+            for item in self.items
+        }
 
     @cached_property
     def _groups(self) -> Groups:

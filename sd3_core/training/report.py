@@ -45,10 +45,14 @@ class Report:
             (self.cropped, "losing more than a third to the crop"),
         ):
             if names:
-                lines.append(f"{_count(len(names), 'picture')} {what}: {_some(names)}")
+                lines.append(f"{_count(len(names), 'picture')} {what}: {some_names(names)}")
         lines += _first(list(self.notes))
-        lines += _first([f"the same file: {_some(group)}" for group in self.exact_duplicates])
-        return lines + _first([f"look alike: {_some(group)}" for group in self.near_duplicates])
+        for groups, what in (
+            (self.exact_duplicates, "the same file"),
+            (self.near_duplicates, "look alike"),
+        ):
+            lines += _first([f"{what}: {some_names(group)}" for group in groups])
+        return lines
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain values; a bucket is spelled "1024x768"."""
@@ -66,6 +70,7 @@ def _first(lines: list[str]) -> list[str]:
     return lines if more <= 0 else [*lines[:LINES], f"... and {more} more such lines"]
 
 
-def _some(names: Sequence[str]) -> str:
+def some_names(names: Sequence[str]) -> str:
+    """The first names, and how many more there are."""
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

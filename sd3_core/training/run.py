@@ -1,6 +1,7 @@
 """A run's folder, <output>/sd3/<run_name>/: all that outlives the process that trains.
 
     config.json   what the run is: its settings, and the identity of what it reads
+    data.json     what it is taught from, item by item, so as to name what changed
     state/        what it takes to go on: the newest states and the best one
     log.jsonl     a line for each step and each measurement
     curve.png     the loss, drawn
@@ -27,6 +28,7 @@ from ..checkpoints.header import read_header
 from ..checkpoints.save import save_bytes, save_tensors
 from ..checkpoints.tensors import read_tensors
 from ..errors import CheckpointError
+from .contents import Contents, changes, read_contents, write_contents
 
 FORMAT = 1
 LONGEST_NAME = 100
@@ -80,15 +82,21 @@ class Run:
 
     # Identity
 
-    def settle(self, identity: Mapping[str, Any], steps: int, settings: Mapping[str, Any]) -> None:
+    def settle(
+        self,
+        identity: Mapping[str, Any],
+        steps: int,
+        settings: Mapping[str, Any],
+        contents: Mapping[str, Contents] | None = None,
+    ) -> None:
         """Make sure that this is the run that is asked for; write down what it is.
 
         identity: what must not change once a step is done, as JSON holds it.  steps: may rise, or
-        fall to what is done.
+        fall to what is done.  contents: what stands behind entries of the identity.
         Raises RunRefused with the list of what differs.
         """
         known = self._config()
-        identity = json.loads(json.dumps(identity))
+        identity, contents = json.loads(json.dumps(identity)), contents or {}
         reached = max(self.states(), default=0)
         if known is not None and known["identity"] != identity and reached == 0:
             # Nothing was learnt yet, for example because the memory did not suffice.
@@ -96,7 +104,7 @@ class Run:
                 path.unlink()
             known = None
         if known is not None:
-            lines = differences(known["identity"], identity)
+            lines = self._differences(known["identity"], identity, contents)
             if steps < reached:
                 lines.append(f"steps: {known['steps']} -> {steps} ({reached} are done already)")
             if lines:
@@ -106,8 +114,11 @@ class Run:
                     + f"\nGive this one another run_name, take the old settings back, or delete "
                     f"{self.folder}."
                 )
-            if known["steps"] == steps and known["identity"] == identity:
-                return
+        data = self.folder / "data.json"
+        if contents and (known is None or not data.exists()):
+            write_contents(data, contents, identity)
+        if known is not None and known["steps"] == steps:
+            return
         config = {
             "format": FORMAT,
             "steps": steps,
@@ -117,6 +128,25 @@ class Run:
         }
         text = json.dumps(config, indent=1, ensure_ascii=False)
         save_bytes(self.folder / "config.json", text.encode())
+
+    def _differences(
+        self,
+        known: Mapping[str, Any],
+        asked: Mapping[str, Any],
+        contents: Mapping[str, Contents],
+    ) -> list[str]:
+        """A line for each entry that is not the same, or for each change behind it."""
+        before = read_contents(self.folder / "data.json", known)
+        lines = []
+        for name in dict.fromkeys((*known, *asked)):
+            old, new = known.get(name), asked.get(name)
+            if old == new:
+                continue
+            if name in before and name in contents:
+                lines += [f"{name}: {line}" for line in changes(before[name], contents[name])]
+            else:
+                lines.append(f"{name}: {_shown(old)} -> {_shown(new)}")
+        return lines
 
     def _config(self) -> dict[str, Any] | None:
         path = self.folder / "config.json"
@@ -228,15 +258,6 @@ def read_state(path: Path) -> State:
     if version != FORMAT:
         raise CheckpointError(f"{path}: was written by another version of this program.")
     return State(step, read_tensors(header), values)
-
-
-def differences(known: Mapping[str, Any], asked: Mapping[str, Any]) -> list[str]:
-    """A line for each entry that is not the same."""
-    return [
-        f"{name}: {_shown(known.get(name))} -> {_shown(asked.get(name))}"
-        for name in dict.fromkeys((*known, *asked))
-        if known.get(name) != asked.get(name)
-    ]
 
 
 def _shown(value: Any) -> str:

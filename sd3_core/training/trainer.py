@@ -22,6 +22,7 @@ from .batches import Batches
 from .cache import Cache
 from .cache import Progress as CacheProgress
 from .config import TrainConfig, plain_settings
+from .contents import Contents
 from .distributed import World, find_world, joined
 from .flow import FlowTask, Place
 from .loop import OnNote, OnStep, Outcome, fit, ignore, product_path
@@ -42,6 +43,9 @@ FREE = (
     "gradient_checkpointing",
     *("data", "validation_data", "checkpoint", "tokenizers", *FLAGS),
 )
+
+# Entries of a run's identity that have contents.
+DATA, HELD = "pictures and captions", "pictures of validation"
 
 OnProgress = Callable[[CacheProgress], None]
 
@@ -68,7 +72,8 @@ def train(
         say(line)
     with joined(world, place.device), opened(config, world) as run:
         if world.first:
-            run.settle(identity(config, subject, world), config.steps, plain_settings(config))
+            asked = identity(config, subject, world)
+            run.settle(asked, config.steps, plain_settings(config), contents(subject))
         if (outcome := finished(config, run, world)) is not None:
             say(f"{run.name}: is finished; nothing was computed")
             return outcome
@@ -109,9 +114,17 @@ def identity(config: TrainConfig, subject: Subject, world: World) -> dict[str, A
     return {
         **settings,
         "samples of a step": global_batch(config, world),
-        "pictures and captions": subject.dataset.digest,
-        "pictures of validation": subject.held.digest if subject.held else None,
+        DATA: subject.dataset.digest,
+        HELD: subject.held.digest if subject.held else None,
         **{f"weights of {kind}": fingerprint_of(part) for kind, part in subject.parts.items()},
+    }
+
+
+def contents(subject: Subject) -> dict[str, Contents]:
+    """What stands behind the hashes of an identity."""
+    return {
+        DATA: subject.dataset.contents,
+        HELD: subject.held.contents if subject.held else {},
     }
 
 

@@ -275,8 +275,13 @@ def test_any_other_difference_stops_with_the_list_of_what_differs(config, tmp_pa
     assert "learning_rate: 0.01 -> 0.005" in text
     assert "steps: 4 -> 3" in text
     pictures = write_pictures(tmp_path / "others", 5)
-    with pytest.raises(RunRefused, match="pictures and captions"):
+    (pictures / "1.txt").write_text("a blue box")
+    with pytest.raises(RunRefused) as error:
         train(replace(config, data=(Source(pictures),)))
+    assert [line.strip() for line in str(error.value).splitlines()[1:-1]] == [
+        "pictures and captions: removed: 5.png, 6.png",
+        "pictures and captions: captions changed: 1.png",
+    ]
 
 
 def test_the_same_run_may_divide_its_batch_otherwise_and_move(config, tmp_path):
