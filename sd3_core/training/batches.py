@@ -59,7 +59,7 @@ class Batches:
         draws = self.dataset.batch(step, size, self.config.seed, rows.start, len(rows))
         places = [(self.config.seed, step, index) for index in rows]
         latents = [self.entries.latents(self.dataset.items[draw.item]) for draw in draws]
-        x0 = [self._x0(one, place) for one, place in zip(latents, places, strict=True)]
+        x0 = [self.x0(one, place) for one, place in zip(latents, places, strict=True)]
         noise = [
             torch.randn(one.shape, generator=generator(*place, "noise"))
             for one, place in zip(x0, places, strict=True)
@@ -77,7 +77,8 @@ class Batches:
             weights=torch.tensor([draw.weight for draw in draws]),
         )
 
-    def _x0(self, latents: CachedLatents, place: tuple[int, int, int]) -> Tensor:
+    def x0(self, latents: CachedLatents, place: tuple[int, int, int]) -> Tensor:
+        """What is trained on of a picture at this place: (seed, step, index in the batch)."""
         if not self.config.posterior:
             return latents.draw()
         return latents.draw(

@@ -174,7 +174,7 @@ class Cache:
         one is loaded.  Stopped at any moment, it goes on from there.  Raises OSError, naming folder
         and bytes, when the disk is full, and ValueError for pictures that changed or do not fit.
         """
-        items = {self._latents_path(item): item for item in dataset.items}
+        items = {self._latents_path(item): item for item in dataset.pictures}
         for item in items.values():
             _check_size(item, self.pictures.factor)
         captions = list(dict.fromkeys([*extra, *dataset.captions()]))

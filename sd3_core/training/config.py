@@ -66,7 +66,8 @@ class TrainConfig(LoopConfig):
 
     run_name: str  # the run's folder is <output>/sd3/<run_name>
     output: Path = Path("output")
-    method: Literal["lora", "full", "scratch"] = "lora"  # scratch: a new, small MMDiT
+    # dpo: a LoRA taught by preferences, `data` then names pairs; scratch: a new, small MMDiT
+    method: Literal["lora", "dpo", "full", "scratch"] = "lora"
 
     # Networks, as for drawing; a file named for one network wins over the checkpoint.
     checkpoint: Path | None = None
@@ -117,6 +118,12 @@ class TrainConfig(LoopConfig):
     dialect: str = "comfy"  # of the file: comfy, kohya or diffusers
     save_dtype: str = "fp16"  # of the product: fp32, fp16, bf16
 
+    # Preferences; see preference.diffusion_dpo_loss
+    dpo_beta: float = 2000.0  # how dear it is to leave the reference; mean errors, with the half
+    dpo_sft_weight: float = 0.0  # holds the winner's error down; 0.05 to 0.2 times dpo_beta / 4
+    dpo_loser_scale: float = 1.0  # below 1: making the loser worse pays less
+    dpo_patience: int = 3  # measurements with a rising winner's error, then it ends; 0: never
+
     # A new MMDiT; its widths follow from the VAE and the text encoders
     depth: int = 3
     patch_size: int = 2
@@ -138,7 +145,7 @@ class TrainConfig(LoopConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choice(self, "method", ("lora", "full", "scratch"))
+        _choice(self, "method", ("lora", "dpo", "full", "scratch"))
         _choice(self, "loss_space", ("velocity", "x0", "eps"))
         _choice(self, "dialect", ("comfy", "kohya", "diffusers"))
         _choice(self, "save_dtype", ("fp32", "fp16", "bf16"))
@@ -164,10 +171,24 @@ class TrainConfig(LoopConfig):
         )
         if self.sample_every and not self.sample_prompts:
             raise ValueError("sample_every is set without sample_prompts: give a list of prompts.")
-        if self.method == "lora" and self.qk_norm:
+        _check(self, "dpo_beta", 0 < self.dpo_beta < math.inf, "above 0, such as 2000")
+        _check(self, "dpo_sft_weight", 0 <= self.dpo_sft_weight < math.inf, "0 (none) or more")
+        _check(self, "dpo_loser_scale", 0 <= self.dpo_loser_scale <= 1, "between 0 and 1")
+        _check(self, "dpo_patience", self.dpo_patience >= 0, "a whole number from 0")
+        if self.method == "dpo" and self.lora_dropout:
+            raise ValueError(
+                "lora_dropout must be 0 for DPO: winner, loser and reference have to meet the same "
+                "network."
+            )
+        if self.trains_lora and self.qk_norm:
             raise ValueError(
                 'qk_norm = true adds weights that no LoRA file can carry: use method = "full".'
             )
+
+    @property
+    def trains_lora(self) -> bool:
+        """Whether the network itself stays as it is."""
+        return self.method in ("lora", "dpo")
 
     @property
     def files(self) -> Files:

@@ -39,6 +39,7 @@ class Item:
     captions: Captions  # one source or two (original, synthetic), each with a caption at least
     repeats: int = 1  # times an epoch
     weight: float = 1.0  # factor of its loss
+    loser: "Item | None" = None  # of a preference: the picture that this one was preferred to
 
 
 @dataclass(frozen=True)
@@ -98,12 +99,19 @@ class Dataset:
         return list(dict.fromkeys(texts))
 
     @cached_property
+    def pictures(self) -> tuple[Item, ...]:
+        """Every picture that training looks at: the items, and what they were preferred to."""
+        return (*self.items, *(item.loser for item in self.items if item.loser is not None))
+
+    @cached_property
     def digest(self) -> str:
         """Identity of what is drawn: pixels, captions, repeats, weights and their order."""
         described = hashlib.sha256(repr(self.original_share).encode())
         for item in self.items:
             facts = (item.picture.key, item.bucket, item.captions, item.repeats, item.weight)
             described.update(repr(facts).encode())
+            if item.loser is not None:
+                described.update(item.loser.picture.key.encode())
         return described.hexdigest()
 
     @cached_property

@@ -76,7 +76,7 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
     Raises ValueError for a source that is no folder, for repeats and weights that make no sense,
     and for a metadata.jsonl that cannot be followed, naming its line.
     """
-    _check(source)
+    check_source(source)
     skipped: list[Skipped] = []
     folders = list(_folders(source.path, skipped))
     rows: dict[Path, Row] = {}
@@ -110,7 +110,7 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
     return Listing(tuple(found), tuple(skipped), repeated)
 
 
-def _check(source: Source) -> None:
+def check_source(source: Source) -> None:
     if not source.path.is_dir():
         what = "is a file" if source.path.exists() else "is not there"
         raise ValueError(f"{source.path}: {what}; name a folder of pictures.")
@@ -198,14 +198,14 @@ def _row(text: str, folder: Path, line: str) -> tuple[Path, Row]:
     row = Row(
         captions=_strings(fields, "text") + _strings(fields, "captions"),
         synthetic=_strings(fields, "synthetic"),
-        weight=_weight(fields.get("weight", 1.0)),
+        weight=given_weight(fields.get("weight", 1.0)),
         bucket=_bucket(fields.get("bucket")),
         line=line,
     )
-    return folder / _inside(fields.get("file_name")), row
+    return folder / name_inside(fields.get("file_name")), row
 
 
-def _inside(name: object) -> str:
+def name_inside(name: object) -> str:
     """The name, if it leads nowhere but into its folder, whatever the system it is read on."""
     if not isinstance(name, str) or not name:
         raise ValueError("file_name is missing; expected the name of a picture")
@@ -225,7 +225,7 @@ def _strings(fields: dict[str, Any], name: str) -> tuple[str, ...]:
     return _texts(texts)
 
 
-def _weight(value: Any) -> float:
+def given_weight(value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and 0 < value < 1e6):
         raise ValueError(f"weight is {value!r}; expected a number above 0, below a million")

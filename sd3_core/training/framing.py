@@ -54,12 +54,17 @@ class Framing:
         if width * height > self.resolution**2:
             raise ValueError(f"bucket {width}x{height}: larger than {self.resolution}² pixels")
 
-    def frame(self, path: Path, facts: Facts, bucket: tuple[int, int] | None) -> FilePicture:
-        """The part of a picture that is trained on, and its size; bucket None: the nearest."""
+    def frame(
+        self, path: Path, facts: Facts, bucket: tuple[int, int] | None, owner: str = ""
+    ) -> FilePicture:
+        """The part of a picture that is trained on, and its size; bucket None: the nearest.
+
+        owner: digest that decides a random crop's place; pictures of one owner are cut alike.
+        """
         bucket = bucket or nearest_bucket(facts.width, facts.height, self.buckets)
         place = (0.5, 0.5)
         if self.crop == "random":
-            place = tuple(chance(self.crop_seed, facts.digest, axis) for axis in "xy")
+            place = tuple(chance(self.crop_seed, owner or facts.digest, axis) for axis in "xy")
         return FilePicture(
             path,
             facts.digest,

@@ -10,11 +10,11 @@ import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -81,14 +81,22 @@ class Outcome:
     best: Path | None  # the product with the lowest validation loss
     step: int
     folder: Path
+    stopped: str = ""  # why it ended before its last step, where it did
 
 
 OnStep = Callable[[Progress], None]  # what it raises stops the run, after it is saved
 OnNote = Callable[[str], None]  # receives sentences for the user
+# By the lines of the log: why training should end before its last step; empty: it goes on.
+Verdict = Callable[[Sequence[Mapping[str, Any]]], str]
 
 
 def ignore(_: object) -> None:
     """The listener that is used when there is none."""
+
+
+def go_on(lines: Sequence[Mapping[str, Any]]) -> str:
+    """The verdict that never ends a run early."""
+    return ""
 
 
 def fit(
@@ -98,8 +106,9 @@ def fit(
     world: World = ALONE,
     on_step: OnStep = ignore,
     on_note: OnNote = ignore,
+    verdict: Verdict = go_on,
 ) -> Outcome:
-    """Train to the last step, from wherever the run stands.
+    """Train to the last step, or to the verdict, from wherever the run stands.
 
     The batch of a step is batch_size * accumulation * processes samples.  In several processes all
     of them call this; the first one writes, draws, and calls on_step and on_note.
@@ -114,7 +123,7 @@ def fit(
     with session.saved_at_the_end(), stop_signals() as asked_to_stop:
         if not learner.looked:
             session.look()
-        while learner.step < config.steps:
+        while learner.step < config.steps and not session.ended(verdict):
             progress, stop = session.advance(asked_to_stop())
             if world.first:
                 on_step(progress)
@@ -157,6 +166,7 @@ class Session:
         # of the newest saved state: its step, and whether that step was looked at
         self.saved = (learner.step, learner.looked) if run.states() else (-1, False)
         self.durations: list[float] = []  # seconds, of this session's steps
+        self.stopped = ""  # the verdict that ended it
 
     def advance(self, stop: bool) -> tuple[Progress, bool]:
         """One step; also whether any process was asked to stop."""
@@ -211,6 +221,14 @@ class Session:
         if len(self.durations) == TIMED_STEPS and progress.seconds_left:
             left = progress.total - progress.step
             self.say(f"{left} steps left, about {spoken_time(progress.seconds_left)}")
+
+    def ended(self, verdict: Verdict) -> bool:
+        """Whether to end now; asked at the start, and where something was measured."""
+        if self.durations and not self._due(self.config.validate_every):
+            return False
+        if self.world.first:
+            self.stopped = verdict(self.run.lines)
+        return bool(self.world.share(int(bool(self.stopped))))
 
     def look(self) -> None:
         """What is due at this step: measure, draw, export, save; in this order, so that whatever
@@ -277,7 +295,9 @@ class Session:
         best = self.product("-best")
         self.world.wait()
         there = best if best.exists() else None
-        return Outcome(product, there, self.learner.step, self.run.folder)
+        if self.stopped:
+            self.say(f"{self.run.name}: {self.stopped}")
+        return Outcome(product, there, self.learner.step, self.run.folder, self.stopped)
 
     @contextmanager
     def saved_at_the_end(self) -> Iterator[None]:

@@ -37,8 +37,12 @@ def metadata(config: TrainConfig, subject: Subject, cache: Cache, step: int) -> 
         if "mmdit" in subject.parts
         else "none",
     }
-    if config.method != "lora":
+    if not config.trains_lora:
         return {**shared, **small_model(subject)}
+    if config.method == "dpo":
+        conventions = {"beta": config.dpo_beta, "reduction": "mean", "half": True}
+        options = {"sft_weight": config.dpo_sft_weight, "loser_scale": config.dpo_loser_scale}
+        shared["sd3_workbench.dpo"] = json.dumps({**conventions, **options})
     alpha = config.rank if config.lora_alpha is None else config.lora_alpha
     shared["modelspec.architecture"] += "/lora"
     return {

@@ -46,16 +46,18 @@ class TrainPlan:
     steps: int
     done: int
     global_batch: int
-    pictures: int
+    pictures: int  # or pairs of them
     epochs: float
     estimate: Estimate
     free: float | None  # bytes; None: unknown
+    pairs: bool = False
 
     def lines(self) -> list[str]:
         """The plan as text."""
         size, found = self.estimate, "" if self.free is None else f" of {_gib(self.free)} free"
+        what = "pairs" if self.pairs else "pictures"
         return [
-            f"trains {self.trained:,} parameters on {self.pictures} pictures",
+            f"trains {self.trained:,} parameters on {self.pictures} {what}",
             f"{self.steps - self.done} steps to go ({self.done} of {self.steps} done), "
             f"{self.global_batch} samples each: {self.epochs:.1f} epochs in all",
             f"memory: about {_gib(size.total)}{found} (network {_gib(size.weights)}, training "
@@ -81,13 +83,14 @@ def estimate_memory(
     beside = sum(_bytes(p) for p in parameters.values() if id(p) not in own)
     state = count * (4 + OPTIMIZER_BYTES[config.optimizer] + (4 if config.ema else 0))
     kept = kept_per_token(model.config, config)
-    activations = config.batch_size * tokens * kept * model.config.hidden_size * dtype.itemsize
+    pictures = config.batch_size * (2 if config.method == "dpo" else 1)
+    activations = pictures * tokens * kept * model.config.hidden_size * dtype.itemsize
     return Estimate(weights, beside + state, activations)
 
 
 def kept_per_token(size: MMDiTConfig, config: TrainConfig) -> float:
     """Elements that all blocks keep for the backward pass, per token and hidden channel."""
-    block = KEPT_LORA if config.method == "lora" else KEPT_FULL
+    block = KEPT_LORA if config.trains_lora else KEPT_FULL
     if config.gradient_checkpointing:  # and one block whole, while it runs again
         return size.depth * KEPT_RECOMPUTED + block + KEPT_DUAL
     return size.depth * block + len(size.dual_attention_layers) * KEPT_DUAL
@@ -131,7 +134,7 @@ def check_fits(estimate: Estimate, loaded: float, free: float | None, config: Tr
         *(["a smaller batch_size with more accumulation"] if config.batch_size > 1 else []),
         "a smaller resolution",
         *(['optimizer = "adafactor"'] if config.optimizer != "adafactor" else []),
-        *(["a smaller rank", "an fp8 file of the model"] if config.method == "lora" else []),
+        *(["a smaller rank", "an fp8 file of the model"] if config.trains_lora else []),
     ]
     raise ValueError(
         f"this run needs about {_gib(needed)} more memory and {_gib(free)} are free. Try "

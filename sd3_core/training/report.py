@@ -35,24 +35,24 @@ class Report:
     def lines(self) -> list[str]:
         """The report as text."""
         sizes = ", ".join(f"{width}x{height}: {n}" for (width, height), n in self.buckets.items())
-        lines = [f"{_count(self.pictures, 'picture')}, {self.draws} draws an epoch; {sizes}"]
+        lines = [f"{counted(self.pictures, 'picture')}, {self.draws} draws an epoch; {sizes}"]
         for folder, repeats in self.repeated_folders.items():
             lines.append(f"{folder}: {repeats} repeats, from the folder's name")
-        lines += _first([f"skipped {one.name}: {one.reason}" for one in self.skipped])
+        lines += first_lines([f"skipped {one.name}: {one.reason}" for one in self.skipped])
         for names, what in (
             (self.without_caption, "without a caption (trained with the empty prompt)"),
             (self.small, "smaller than the bucket (enlarged)"),
             (self.cropped, "losing more than a third to the crop"),
         ):
             if names:
-                lines.append(f"{_count(len(names), 'picture')} {what}: {some_names(names)}")
-        lines += _first(list(self.notes))
-        for groups, what in (
-            (self.exact_duplicates, "the same file"),
-            (self.near_duplicates, "look alike"),
-        ):
-            lines += _first([f"{what}: {some_names(group)}" for group in groups])
-        return lines
+                lines.append(f"{counted(len(names), 'picture')} {what}: {some_names(names)}")
+        lines += first_lines(list(self.notes))
+        lines += first_lines(
+            [f"the same file: {some_names(group)}" for group in self.exact_duplicates]
+        )
+        return lines + first_lines(
+            [f"look alike: {some_names(group)}" for group in self.near_duplicates]
+        )
 
     def as_json(self) -> dict[str, Any]:
         """The report as plain values; a bucket is spelled "1024x768"."""
@@ -61,16 +61,15 @@ class Report:
         return values
 
 
-def _count(number: int, word: str) -> str:
+def counted(number: int, word: str) -> str:
     return f"{number} {word}" if number == 1 else f"{number} {word}s"
 
 
-def _first(lines: list[str]) -> list[str]:
+def first_lines(lines: list[str]) -> list[str]:
     more = len(lines) - LINES
     return lines if more <= 0 else [*lines[:LINES], f"... and {more} more such lines"]
 
 
 def some_names(names: Sequence[str]) -> str:
-    """The first names, and how many more there are."""
     more = len(names) - SHOWN
     return ", ".join(names[:SHOWN]) + (f" and {more} more" if more > 0 else "")

@@ -15,7 +15,9 @@ from .config import TrainConfig
 from .dataset import Dataset, read_dataset
 from .densities import find_density
 from .folders import Source
+from .framing import Framing
 from .objectives import Objective, RectifiedFlow, find_objective
+from .preferences import read_preferences
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,18 @@ def new_mmdit(config: TrainConfig, sizes: Mapping[str, Any]) -> MMDiTConfig:
 
 
 def dataset_of(config: TrainConfig, sources: tuple[Source, ...], resolution: int) -> Dataset:
+    memory = cache_folder(config) / "pictures.jsonl"
+    if config.method == "dpo":
+        framing = Framing(
+            resolution,
+            config.bucket_step,
+            config.widest,
+            config.alpha,
+            config.background,
+            config.crop,
+            config.seed,
+        )
+        return read_preferences(sources, framing=framing, memory=memory)
     return read_dataset(
         sources,
         resolution=resolution,
@@ -119,7 +133,7 @@ def dataset_of(config: TrainConfig, sources: tuple[Source, ...], resolution: int
         crop=config.crop,
         crop_seed=config.seed,
         original_share=config.original_share,
-        memory=cache_folder(config) / "pictures.jsonl",
+        memory=memory,
     )
 
 

@@ -24,6 +24,7 @@ from .cache import Progress as CacheProgress
 from .config import TrainConfig, plain_settings
 from .contents import Contents
 from .distributed import World, find_world, joined
+from .dpo import DPOTask
 from .flow import FlowTask, Place
 from .loop import OnNote, OnStep, Outcome, fit, ignore, product_path
 from .metadata import metadata
@@ -84,7 +85,7 @@ def train(
             pictures = encode_samples(config, subject.schedule, subject.resolution)
         task = make_task(config, subject, cache, place, pictures)
         tell_plan(config, subject, task, cache.layout.length, run, say)
-        return fit(task, run, config, world, on_step, on_note)
+        return fit(task, run, config, world, on_step, on_note, task.verdict)
 
 
 def pick_place(config: TrainConfig, world: World) -> Place:
@@ -134,7 +135,7 @@ def global_batch(config: TrainConfig, world: World) -> int:
 
 def finished(config: TrainConfig, run: Run, world: World) -> Outcome | None:
     """The outcome of a run that has nothing left to do."""
-    product = product_path(run, "lora" if config.method == "lora" else "model")
+    product = product_path(run, "lora" if config.trains_lora else "model")
     best = product_path(run, product.parent.name, "-best")
     done = config.steps in run.states() and product.exists()
     if not world.share(int(done)):
@@ -184,7 +185,8 @@ def make_task(
     """What the loop is given: the network, its samples and its loss."""
     part = component_of(config.mmdit or subject.parts["mmdit"], "mmdit")
     model, adapters = network_to_train(part, config, place)
-    return FlowTask(
+    kind = DPOTask if config.method == "dpo" else FlowTask
+    return kind(
         model,
         adapters,
         subject.objective,
@@ -202,7 +204,7 @@ def network_to_train(
 ) -> tuple[MMDiT, TrainableLoRA | None]:
     """The network on its device; the LoRA on it, unless the network itself is trained."""
     adapters = None
-    if config.method == "lora":
+    if config.trains_lora:
         model = load_mmdit(part, dtype=place.dtype, device=place.device)
         adapters = add_lora(model, config)
     else:
@@ -258,6 +260,7 @@ def tell_plan(
         done=max(run.states(), default=0),
         global_batch=size,
         pictures=len(subject.dataset.items),
+        pairs=config.method == "dpo",
         epochs=config.steps / subject.dataset.epoch(size),
         estimate=estimate,
         free=free,

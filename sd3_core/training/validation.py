@@ -47,14 +47,16 @@ def validation_loss(
     totals = torch.zeros(len(LEVELS), device=device)
     for number, item in enumerate(items):
         if number % world.size == world.rank:
-            totals += _losses(network, objective, item, entries, (seed, number), batch_size, device)
+            totals += losses_per_level(
+                network, objective, item, entries, (seed, number), batch_size, device
+            )
     world.add([totals])
     means = (totals / len(items)).tolist()
     named = {f"t{level:g}": mean for level, mean in zip(LEVELS, means, strict=True)}
     return {"loss": sum(means[:-1]) / (len(means) - 1), **named}
 
 
-def _losses(
+def losses_per_level(
     network: Network,
     objective: Objective,
     item: Item,

@@ -134,7 +134,8 @@ def test_the_examples_in_the_documents_are_complete_and_good(name):
 
 
 def test_every_setting_is_in_one_of_the_examples():
-    texts = [(PACK / "docs" / f"train-{name}.toml").read_text() for name in ("lora", "small")]
+    names = ("lora", "small", "dpo")
+    texts = [(PACK / "docs" / f"train-{name}.toml").read_text() for name in names]
     missing = [
         field
         for field in TrainConfig.__dataclass_fields__
@@ -143,9 +144,19 @@ def test_every_setting_is_in_one_of_the_examples():
     assert missing == []
 
 
+def test_the_example_of_preferences_is_good():
+    config = make_config(read_settings(PACK / "docs" / "train-dpo.toml"))
+    assert config.method == "dpo"
+    assert config.trains_lora
+
+
 @pytest.mark.parametrize(
     ("name", "value"),
     [
+        ("dpo_beta", 0.0),
+        ("dpo_loser_scale", 1.5),
+        ("dpo_sft_weight", -1.0),
+        ("dpo_patience", -1),
         ("lora_alpha", 0.0),
         ("lora_alpha", float("nan")),
         ("lora_dropout", 1.0),

@@ -353,3 +353,19 @@ def test_an_optimiser_s_nested_tables_survive():
     fresh = make_optimizer(parameters, TOY)
     restore_optimizer(fresh, list(parameters), tensors, numbers)
     assert fresh.state_dict()["state"][0]["table"]["rounds"] == 7
+
+
+def test_a_verdict_ends_a_run_saved_and_again_at_the_same_step(tmp_path):
+    def verdict(lines):
+        measured = [line["step"] for line in lines if "validation_loss" in line]
+        return "it is enough" if measured[-1] >= 4 else ""
+
+    said = []
+    _, outcome = train_toy(tmp_path, verdict=verdict, on_note=said.append)
+    assert (outcome.step, outcome.stopped) == (4, "it is enough")
+    assert said[-1] == "toy: it is enough"
+    assert outcome.product.exists()
+    _, again = train_toy(tmp_path, verdict=verdict)
+    assert again.step == 4
+    _, on = train_toy(tmp_path)
+    assert (on.step, on.stopped) == (10, "")

@@ -1,0 +1,142 @@
+"""Teaching an MMDiT preferences: a LoRA on it, by Diffusion-DPO.
+
+Winner and loser of a pair meet one noise, one time and one prompt, in the trained network and in
+the reference, which is the same network with the LoRA switched off.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import lora
+from ..conditioning import Conditioning
+from .batches import Batch, Batches, stacked_masks
+from .dataset import Item
+from .flow import FlowTask
+from .loop import Losses
+from .preference import PairErrors, Preference, diffusion_dpo_loss
+from .validation import LEVELS, losses_per_level
+
+GAP = "validation_winner_gap"  # in the log
+
+
+class DPOTask(FlowTask):
+    """Lower the winner's error, and raise the loser's, against the reference.
+
+    The dataset's items are winners, each with its loser; `adapters` are always there.
+    """
+
+    def loss(self, step: int, rows: range, size: int) -> Losses:
+        winner, loser = pairs(self.batches, step, rows, size)
+        with torch.no_grad(), lora.disabled(self.model):
+            reference = self.errors(winner, loser)
+        preference = self.preference(self.errors(winner, loser), reference)
+        weights = winner.weights.to(preference.loss.device)
+        logs = {
+            "accuracy": preference.accuracy,
+            "winner_gap": preference.winner_gap,
+            "loser_gap": preference.loser_gap,
+            "margin": preference.margin,
+        }
+        return Losses(preference.loss * weights, logs)
+
+    def errors(self, winner: Batch, loser: Batch) -> PairErrors:
+        """Of the network as it is now, both sides in one pass."""
+        device = self.place.device
+        masks = (winner.mask, loser.mask)
+        mask = None
+        if any(one is not None for one in masks):
+            mask = torch.cat([torch.ones_like(winner.x0[:, :1]) if m is None else m for m in masks])
+        each = self.objective.loss(
+            self.network(Conditioning.cat([winner.conditioning, loser.conditioning])),
+            torch.cat([winner.x0, loser.x0]).to(device),
+            torch.cat([winner.noise, loser.noise]).to(device),
+            self.objective.draw(torch.cat([winner.u, loser.u])),
+            mask,
+        )
+        return PairErrors(*each.chunk(2))
+
+    def preference(self, trained: PairErrors, reference: PairErrors) -> Preference:
+        config = self.config
+        return diffusion_dpo_loss(
+            trained,
+            reference,
+            config.dpo_beta,
+            sft_weight=config.dpo_sft_weight,
+            loser_scale=config.dpo_loser_scale,
+        )
+
+    @torch.no_grad()
+    def validate(self) -> Mapping[str, float]:
+        """Means over the held pairs and the noise levels below 1: what `loss` logs."""
+        self.model.eval()
+        names = ("loss", "accuracy", "winner_gap", "loser_gap", "margin")
+        totals = torch.zeros(len(names), device=self.place.device)
+        world = self.place.world
+        for number, item in enumerate(self.held):
+            if number % world.size != world.rank:
+                continue
+            with lora.disabled(self.model):
+                reference = self.held_errors(number, item)
+            seen = self.preference(self.held_errors(number, item), reference)
+            totals += torch.stack([getattr(seen, name).mean() for name in names])
+        world.add([totals])
+        return dict(zip(names, (totals / len(self.held)).tolist(), strict=True))
+
+    def held_errors(self, number: int, item: Item) -> PairErrors:
+        """A pair's errors at each level, with a noise that belongs to the pair."""
+
+        def side(one: Item) -> Tensor:
+            levels = losses_per_level(
+                self.network,
+                self.objective,
+                one,
+                self.batches.entries,
+                (self.config.seed, number),
+                self.config.batch_size,
+                self.place.device,
+            )
+            return levels[: len(LEVELS) - 1]
+
+        return PairErrors(side(item), side(loser_of(item)))
+
+    def verdict(self, lines: Sequence[Mapping[str, Any]]) -> str:
+        """Ends a run whose winners get worse, measurement after measurement.
+
+        Both errors rising while the margin grows is how DPO fails: the preference is followed by
+        spoiling the loser more than the winner.
+        """
+        patience = self.config.dpo_patience
+        measured = [line for line in lines if GAP in line]
+        gaps = [line[GAP] for line in measured[-patience:]]
+        if not patience or len(gaps) < patience or min(gaps) <= 0 or gaps[-1] < max(gaps):
+            return ""
+        best = min(measured, key=lambda line: line["validation_loss"])
+        anchor = 0.1 * self.config.dpo_beta / 4
+        return (
+            f"stopped at step {measured[-1]['step']}: in the last {patience} measurements the "
+            f"chosen pictures' error lay above the untrained network's and rose to {gaps[-1]:+.3g},"
+            " so the preference is being followed by making both pictures worse. The best state "
+            f"was that of step {best['step']}. For the next run (another run_name) lower "
+            f"learning_rate, raise dpo_beta, or set dpo_sft_weight = {anchor:g}."
+        )
+
+
+def pairs(batches: Batches, step: int, rows: range, size: int) -> tuple[Batch, Batch]:
+    """Winners and losers of a step's samples, alike but for the pictures."""
+    winner = batches.samples(step, rows, size)
+    draws = batches.dataset.batch(step, size, batches.config.seed, rows.start, len(rows))
+    items = [loser_of(batches.dataset.items[draw.item]) for draw in draws]
+    latents = [batches.entries.latents(item) for item in items]
+    places = [(batches.config.seed, step, index) for index in rows]
+    x0 = [batches.x0(one, place) for one, place in zip(latents, places, strict=True)]
+    return winner, replace(winner, x0=torch.stack(x0), mask=stacked_masks(latents))
+
+
+def loser_of(item: Item) -> Item:
+    if item.loser is None:
+        raise ValueError(f"{item.name}: is no pair; DPO needs preferences.")
+    return item.loser
