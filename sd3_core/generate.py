@@ -30,8 +30,9 @@ from .noise import noise, noise_per_image
 from .pictures import read_image, read_mask, to_levels, to_uint8
 from .precision import check_finite, dtype_name, processor_name
 from .samplers import SAMPLERS, OnStep, Step
-from .schedule import add_noise
+from .schedule import Schedule, add_noise
 from .settings import Files, Plan, Settings, chosen_paths, make_plan
+from .speed.modulation import TabledMMDiT, is_seldom_used
 from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
 from .text.vocabularies import find_tokenizers, pack_tokenizers
 
@@ -170,7 +171,9 @@ def sample(
     on_step: OnStep | None = None,
 ) -> Tensor:
     """From noise to the clean latents, in model space; the MMDiT is gone when this returns."""
-    model = load_mmdit(plan.parts["mmdit"], dtype=plan.dtype, device=plan.device)
+    model = load_mmdit(
+        plan.parts["mmdit"], dtype=plan.dtype, device=plan.device, left=is_seldom_used
+    )
     model = with_loras(model, "mmdit", plan)
     return sample_with(model, plan, positive.conditioning, negative.conditioning, start, on_step)
 
@@ -185,10 +188,11 @@ def sample_with(
 ) -> Tensor:
     """As `sample`, with a network that is loaded already."""
     wanted, schedule = plan.settings, plan.schedule
+    model = TabledMMDiT(model, Schedule.timestep(plan.sigmas[:-1]), plan.device, plan.dtype)
     velocity = classifier_free(
         model,
-        positive.to(plan.device, plan.dtype),
-        negative.to(plan.device, plan.dtype),
+        model.prepare(positive.to(plan.device, plan.dtype)),
+        model.prepare(negative.to(plan.device, plan.dtype)),
         plan.cfg,
         window=schedule.window(wanted.cfg_start, wanted.cfg_end),
         skip=plan.skip,

@@ -1,5 +1,6 @@
 """Files -> networks: checked against the header first, then mapped, never half loaded."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,10 @@ MAX_BLOCKS = 256
 MAX_LEVELS = 8
 
 
+def nothing(name: str) -> bool:
+    return False
+
+
 def load_mmdit(
     where: str | Path | Component,
     *,
@@ -33,15 +38,18 @@ def load_mmdit(
     device: str | torch.device = "cpu",
     ops: Any = None,
     attention: Attention = attention,
+    left: Callable[[str], bool] = nothing,
 ) -> MMDiT:
     """The denoiser of a file, folder or component, frozen, ready to compute in `dtype`.
 
     dtype: of the computation; None takes the file's own.  Weights are converted when that does not
     enlarge them or stays below 1 GiB; otherwise they stay as stored (on the CPU: in the mapped
     file) and are cast layer by layer in each call.  ops, attention: as the network takes them; with
-    `ops` of the caller's, scaled weights are unscaled.  Raises CheckpointError.
+    `ops` of the caller's, scaled weights are unscaled.  left: the parameters it is true for stay on
+    the CPU as they are stored, for a caller that brings them where they are needed (speed/).
+    Raises CheckpointError.
     """
-    network = _load("mmdit", where, dtype, device, ops, attention)
+    network = _load("mmdit", where, dtype, device, ops, attention, left)
     assert isinstance(network, MMDiT)
     return network
 
@@ -136,6 +144,7 @@ def _load(
     device: str | torch.device,
     ops: Any,
     attend: Attention,
+    left: Callable[[str], bool] = nothing,
 ) -> nn.Module:
     component = component_of(where, kind)
     config = _config(component)
@@ -145,18 +154,18 @@ def _load(
     _check(component, network if ops is None else _build(component, config, nn, attend))
     state, scales = read_sources(component.sources)
     for key in state:
-        state[key] = state[key].to(device)
+        state[key] = state[key].to("cpu" if left(key) else device)
         module = network.get_submodule(key.rpartition(".")[0])
         if key in scales and (converted or not isinstance(module, Scaled)):
-            scale = scales.pop(key).to(device)
+            scale = scales.pop(key).to(state[key].device)
             state[key] = cast(state[key], scale, converted or dtype or torch.float32)
-        elif converted:
+        elif converted and not left(key):
             state[key] = state[key].to(converted)
     network.load_state_dict(state, strict=True, assign=True)
     for key, scale in scales.items():
         module = network.get_submodule(key.rpartition(".")[0])
         assert isinstance(module, Scaled)
-        module.set_scale(scale.to(device))
+        module.set_scale(scale.to(state[key].device))
     return network.requires_grad_(False).eval()
 
 

@@ -339,9 +339,13 @@ class MMDiT(nn.Module):
         patches = pad_to_patch(x, self.config.patch_size)
         tokens = self.x_embedder(patches)  # [B, Lx, D]
         tokens = tokens + self.crop_positions(*patches.shape[-2:]).to(tokens)
-        frequencies = timestep_embedding(timestep).to(x.dtype)
-        c = self.t_embedder(frequencies) + self.y_embedder(pooled)  # [B, D]
+        c = self.time_and_text(timestep, pooled, x.dtype)
         return Tokens(tokens, self.context_embedder(context), c, (height, width))
+
+    def time_and_text(self, timestep: Tensor, pooled: Tensor, dtype: torch.dtype) -> Tensor:
+        """c [B, D], the input of every adaLN; arguments as in forward."""
+        frequencies = timestep_embedding(timestep).to(dtype)
+        return self.t_embedder(frequencies) + self.y_embedder(pooled)
 
     def run_blocks(self, tokens: Tokens, blocks: Iterable[int]) -> Tokens:
         """Pass the tokens through these joint blocks, in this order."""

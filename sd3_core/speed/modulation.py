@@ -1,0 +1,222 @@
+"""The modulation table: all that adaLN says during a run, computed before its first step.
+
+The input of every adaLN is the noise level and the pooled text (Esser et al. 2024, figure 2), and a
+sampler knows both before it starts.  So each layer is called once, for all levels and prompts
+together.  Its weights, with those of the two embedders a third of the network, are then needed no
+more and need not lie where the network computes.
+
+Draw Things did this for SD3 Medium in 2024, then Argmax's DiffusionKit on Apple's MLX (its
+`cache_modulation_params`).  Here one product per layer serves a whole run, rows are kept for the
+next one, and weights that are streamed from their file never rest on the device.
+"""
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import chain
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ..conditioning import Conditioning
+from ..models.mmdit import MMDiT, timestep_embedding
+
+EMBEDDERS = ("t_embedder.", "y_embedder.")
+AT_ONCE = 64  # timesteps computed together: 0.3 GB of SD3.5 Large's rows for two prompts
+MOST_ROWS = 256  # kept
+
+Call = Callable[[nn.Module, Tensor], Tensor]  # (layer, its input) -> its output
+Row = tuple[float, int]  # timestep, number of the prompt
+
+
+def is_tabled(name: str) -> bool:
+    """Whether a table stands in for this parameter of an MMDiT."""
+    return name.startswith(EMBEDDERS) or ".adaLN_modulation." in f".{name}"
+
+
+def is_seldom_used(name: str) -> bool:
+    """What need not lie on the device: that, and the position table, of which a crop does."""
+    return is_tabled(name) or name == "pos_embed"
+
+
+def modulators(model: nn.Module) -> Iterator[tuple[str, nn.Sequential]]:
+    """Every adaLN of a network, with its path."""
+    for path, layer in model.named_modules():
+        if path.endswith("adaLN_modulation"):
+            assert isinstance(layer, nn.Sequential)
+            yield path, layer
+
+
+def called(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), its weights in the device and dtype of x for this call alone; hooks act too."""
+    weights = {name: weight.to(x.device, x.dtype) for name, weight in layer.named_parameters()}
+    scales = {name: scale.to(x.device) for name, scale in layer.named_buffers()}
+    return functional_call(layer, weights | scales, (x,))
+
+
+class ModulationTable:
+    """A row for each timestep and prompt that is met: every adaLN's output, side by side.
+
+    model: whose layers are called, wherever they lie; rows know nothing of later changes.
+    timesteps: those of the run; others may be met, each then costs a pass over the layers.
+    dtype: of computing and keeping the rows.  call: how a layer is called.
+    exact: compute each timestep by itself, as the batch that the network would be given, and so get
+    its bits; otherwise all rows that a run needs come from one product per layer.
+    """
+
+    def __init__(
+        self,
+        model: MMDiT,
+        timesteps: Sequence[float],
+        device: torch.device | str,
+        dtype: torch.dtype = torch.float32,
+        *,
+        exact: bool = False,
+        call: Call = called,
+    ):
+        self.model, self.timesteps = model, timesteps
+        self.exact, self.call = exact, call
+        self.columns = columns_of(model)
+        width = max(columns.stop for columns in self.columns.values())
+        self.values = torch.empty(0, width, device=device, dtype=dtype)
+        self.pooled = torch.empty(0, model.config.pooled_dim, device=device, dtype=dtype)
+        self.rows: dict[Row, int] = {}
+
+    @torch.no_grad()
+    def number(self, pooled: Tensor) -> list[int]:
+        """Numbers for these prompts, pooled [P, Dp]; equal ones have the same, now and later."""
+        numbers = []
+        for prompt in pooled.to(self.pooled):
+            known = (self.pooled == prompt).all(dim=1).nonzero()
+            numbers.append(int(known[0]) if len(known) else len(self.pooled))
+            if not len(known):
+                self.pooled = torch.cat([self.pooled, prompt[None]])
+        return numbers
+
+    @torch.no_grad()
+    def look_up(self, batch: Sequence[Row], dtype: torch.dtype) -> Tensor:
+        """The rows of a batch, [B, width]; the first that is missing brings those that follow."""
+        for timestep in dict.fromkeys(timestep for timestep, _ in batch):
+            prompts = [prompt for at, prompt in batch if at == timestep]
+            if not all((timestep, prompt) in self.rows for prompt in prompts):
+                self._compute([[(at, p) for p in prompts] for at in self._next(timestep)])
+        return self.values[[self.rows[row] for row in batch]].to(dtype)
+
+    def _next(self, timestep: float) -> Sequence[float]:
+        """The part of the run that begins here."""
+        if timestep not in self.timesteps:
+            return [timestep]
+        start = self.timesteps.index(timestep)
+        return self.timesteps[start : start + AT_ONCE]
+
+    def _compute(self, batches: Sequence[Sequence[Row]]) -> None:
+        """Add the rows of these calls of the network."""
+        if len(self.rows) > MOST_ROWS:
+            self.rows, self.values = {}, self.values[:0]
+        if not self.exact:
+            batches = [[row for row in chain(*batches) if row not in self.rows]]
+        inputs = [self._time_and_text(batch) for batch in batches]
+        size, width = sum(map(len, batches)), self.values.shape[1]
+        fresh = self.values.new_empty(size, width)
+        for path, layer in modulators(self.model):
+            fresh[:, self.columns[path]] = torch.cat([self.call(layer, c) for c in inputs])
+        self.rows |= {row: len(self.values) + at for at, row in enumerate(chain(*batches))}
+        self.values = torch.cat([self.values, fresh])
+
+    def _time_and_text(self, batch: Sequence[Row]) -> Tensor:
+        """c [B, D], as MMDiT.time_and_text."""
+        timesteps = torch.tensor([timestep for timestep, _ in batch], device=self.values.device)
+        pooled = self.pooled[[prompt for _, prompt in batch]]
+        frequencies = timestep_embedding(timesteps).to(self.values)
+        t = self.call(self.model.t_embedder, frequencies)
+        return t + self.call(self.model.y_embedder, pooled)
+
+
+def columns_of(model: nn.Module) -> dict[str, slice]:
+    """Where in a row each adaLN's output lies."""
+    columns, start = {}, 0
+    for path, layer in modulators(model):
+        stop = start + layer.get_parameter("1.weight").shape[0]
+        columns[path] = slice(start, stop)
+        start = stop
+    return columns
+
+
+class Columns(nn.Module):
+    """In the place of an adaLN: its part of the row."""
+
+    def __init__(self, columns: slice):
+        super().__init__()
+        self.columns = columns
+
+    def forward(self, row: Tensor) -> Tensor:
+        return row[:, self.columns]
+
+
+class TabledMMDiT(MMDiT):
+    """An MMDiT that looks its modulations up, and shares every other layer with the one it is of.
+
+    It takes what `prepare` makes of a prompt.  exact: equal bits; see ModulationTable.
+    """
+
+    def __init__(
+        self,
+        model: MMDiT,
+        timesteps: Tensor,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        *,
+        exact: bool = False,
+    ):
+        """device, dtype: of the computation; the table is float32 unless it is to be exact."""
+        nn.Module.__init__(self)
+        self.config, self.attention = model.config, model.attention
+        self.table = ModulationTable(
+            model, timesteps.tolist(), device, dtype if exact else torch.float32, exact=exact
+        )
+        self.x_embedder = model.x_embedder
+        self.context_embedder: nn.Module = model.context_embedder if exact else nn.Identity()
+        self.joint_blocks, self.final_layer = looked_up(model, self.table.columns)
+        self.positions: dict[tuple[int, int], Tensor] = {}
+
+    def prepare(self, conditioning: Conditioning) -> Conditioning:
+        """The same prompts: the context in the network's width, the number for the pooled vector.
+
+        A prompt's tokens enter the first block alike in every step.
+        """
+        context, numbers = conditioning.context, self.table.number(conditioning.pooled)
+        if not self.table.exact:
+            context = self.table.model.context_embedder(context)
+        return Conditioning(context, torch.tensor(numbers)[:, None])
+
+    def time_and_text(self, timestep: Tensor, pooled: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows of the table, [B, width].  pooled: numbers [B, 1]."""
+        batch = list(zip(timestep.tolist(), pooled[:, 0].tolist(), strict=True))
+        return self.table.look_up(batch, dtype)
+
+    def crop_positions(self, height: int, width: int) -> Tensor:
+        if (height, width) not in self.positions:
+            crop = self.table.model.crop_positions(height, width)
+            self.positions = {(height, width): crop.to(self.table.values.device)}
+        return self.positions[height, width]
+
+
+def looked_up(model: MMDiT, columns: Mapping[str, slice]) -> tuple[nn.ModuleList, nn.Module]:
+    """The joint blocks and the last layer with Columns for adaLN."""
+    blocks = nn.ModuleList()
+    for index, block in enumerate(model.joint_blocks):
+        streams = {}
+        for stream in ("context_block", "x_block"):
+            own = Columns(columns[f"joint_blocks.{index}.{stream}.adaLN_modulation"])
+            streams[stream] = with_parts(block.get_submodule(stream), {"adaLN_modulation": own})
+        blocks.append(with_parts(block, streams))
+    own = Columns(columns["final_layer.adaLN_modulation"])
+    return blocks, with_parts(model.final_layer, {"adaLN_modulation": own})
+
+
+def with_parts(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
+    """The same module with other parts under these names; it shares all its others."""
+    twin = copy.copy(module)
+    twin.__dict__.pop("forward", None)  # gradient checkpointing's, which calls the original
+    twin._modules = {**module._modules, **parts}
+    return twin
