@@ -4,6 +4,7 @@ import difflib
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import folder_paths
 
@@ -47,11 +48,12 @@ def safetensors_in(folder: str) -> list[str]:
     return [name for name in names if name.lower().endswith(".safetensors")]
 
 
-def find_file(folder: str, name: str) -> Path:
+def find_file(folder: str, name: Any) -> Path:
     """The file a widget names: with / or \\, or by its base name alone where only one has it.
 
-    Raises NodeError with near matches.
+    name: text, or whatever else a program may send.  Raises NodeError with near matches.
     """
+    name = str(name)
     if name == EMBEDDED and (file := embedded_file()) is not None:
         return file
     names = file_names(folder)
@@ -79,9 +81,13 @@ def _not_found(folder: str, name: str, same: list[str], names: list[str]) -> str
     )
 
 
-def name_fault(folder: str, name: str) -> str | None:
-    """What is wrong with a name, for validate_inputs; None when nothing is."""
-    if name in (AUTO, NONE):
+def name_fault(folder: str, name: Any, *besides: str) -> str | None:
+    """What is wrong with a name, for validate_inputs; None when nothing is.
+
+    name: None where a link brings it, which is looked at when the node runs.  besides: what the
+    widget offers that is no file.
+    """
+    if name is None or name in besides:
         return None
     try:
         find_file(folder, name)
@@ -146,16 +152,17 @@ def missing_note(kind: str) -> str:
     return f"No {TITLES[kind]} that fits is in models/{folder}: zeros stand in its place."
 
 
-def files_fingerprint(*chosen: tuple[str, str]) -> str:
+def files_fingerprint(*chosen: tuple[str, str | None]) -> str:
     """One value for the files behind (folder, name) pairs; changes when one of them does.
 
-    "auto" stands for every file of its folder, since a new one may be chosen.
+    "auto" stands for every file of its folder, since a new one may be chosen; None for a name that
+    a link brings.
     """
     parts = []
     for folder, name in chosen:
         if name == AUTO:
             paths = [folder_paths.get_full_path(folder, other) for other in safetensors_in(folder)]
             parts += [f"{path}:{Path(path).stat().st_mtime_ns}" for path in paths if path]
-        elif name != NONE:
+        elif name not in (NONE, None):
             parts.append(fingerprint(find_file(folder, name)))
     return "|".join(parts)

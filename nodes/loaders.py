@@ -175,6 +175,10 @@ def encoder_input(name: str, title: str, optional: bool = False) -> Any:
     )
 
 
+def encoder_fault(name: Any) -> str | None:
+    return name_fault("text_encoders", name, AUTO, NONE)
+
+
 class SD3LoadTextEncoders(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
@@ -211,7 +215,7 @@ class SD3LoadTextEncoders(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, clip_l: str, clip_g: str, t5xxl: str) -> bool | str:
-        faults = [name_fault("text_encoders", name) for name in (clip_l, clip_g, t5xxl)]
+        faults = [encoder_fault(name) for name in (clip_l, clip_g, t5xxl)]
         return next(filter(None, faults), True)
 
     @classmethod
@@ -364,8 +368,8 @@ class SD3LoadCheckpoint(io.ComfyNode):
         clip_l: str = AUTO,
         vae_name: str = AUTO,
     ) -> bool | str:
-        faults = [name_fault("text_encoders", name) for name in (t5xxl, clip_g, clip_l)]
-        faults += [name_fault("checkpoints", ckpt_name), name_fault("vae", vae_name)]
+        faults = [encoder_fault(name) for name in (t5xxl, clip_g, clip_l)]
+        faults += [name_fault("checkpoints", ckpt_name), name_fault("vae", vae_name, AUTO)]
         return next(filter(None, faults), True)
 
     @classmethod

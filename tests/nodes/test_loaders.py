@@ -129,6 +129,13 @@ def test_a_base_name_that_is_there_twice_is_refused(folder, models):
         files.find_file("vae", "one.safetensors")
 
 
+def test_a_name_that_a_link_brings_is_looked_at_when_the_node_runs(models):
+    """ComfyUI hands None to validate_inputs and fingerprint_inputs for a linked input."""
+    assert SD3LoadCheckpoint.validate_inputs(None, None, None, None, None) is True
+    stable = SD3LoadVAE.fingerprint_inputs(None)
+    assert stable == SD3LoadVAE.fingerprint_inputs(None)
+
+
 def test_near_matches_are_named(models):
     told = SD3LoadCheckpoint.validate_inputs("tinny.safetensors", "auto", "auto", "none", "auto")
     assert told.startswith("SD3:missing_file: tinny.safetensors is not in ComfyUI's folder")

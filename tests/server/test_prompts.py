@@ -156,6 +156,11 @@ def test_a_base_name_is_enough_where_only_one_file_has_it(server):
     assert told["load"]["files"]["mmdit"]["file"] == "nested.safetensors"
 
 
+@pytest.mark.parametrize("value", [7, "", "auto", "none", "x" * 5000, {"name": "tiny"}, None])
+def test_odd_names_are_answered_with_a_sentence(server, value):
+    assert "SD3:missing_file: " in refusal(server, with_inputs("load", ckpt_name=value))
+
+
 @pytest.mark.parametrize(
     "name",
     [
