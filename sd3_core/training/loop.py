@@ -11,7 +11,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,6 +28,7 @@ from .optimizers import Parameters, learning_rate, swapped
 from .run import Run
 
 TIMED_STEPS = 3  # after which the remaining time is told
+STOPPED = "-stopped"  # name of the product of a run that has not come to its end
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ def fit(
     The batch of a step is batch_size * accumulation * processes samples.  In several processes all
     of them call this; the first one writes, draws, and calls on_step and on_note.
     What on_step raises, SIGINT and SIGTERM (then as KeyboardInterrupt) leave after the state is
-    saved; so does every other error, as long as the weights are those of a whole step.
+    saved; so does every other error, as long as the weights are those of a whole step.  What was
+    learnt until then is left as a product too, named NAME-stopped.
     Raises NumericalError when the loss is no longer a number.
     """
     say = on_note if world.first else ignore
@@ -292,6 +294,9 @@ class Session:
         """The last state and the product."""
         self.save()
         product = self._export()
+        if self.world.first:
+            with suppress(OSError):  # Windows, while a program has it open
+                self.product(STOPPED).unlink(missing_ok=True)
         best = self.product("-best")
         self.world.wait()
         there = best if best.exists() else None
@@ -301,7 +306,7 @@ class Session:
 
     @contextmanager
     def saved_at_the_end(self) -> Iterator[None]:
-        """Save what there is when something ends the run, and say what was saved."""
+        """Save what there is when something ends the run, export it, and say so."""
         try:
             yield
         except BaseException:
@@ -324,6 +329,17 @@ class Session:
             f"{'nothing is saved yet' if saved < 0 else kept}. Start it again with the same "
             "settings and it goes on from there."
         )
+        if learner.whole and learner.step:
+            self._leave_product()
+
+    def _leave_product(self) -> None:
+        """What was learnt so far, to be used meanwhile; `finish` takes it away."""
+        try:
+            path = self._export(STOPPED)
+        except Exception as error:  # whatever it is, what stopped the run matters more
+            self.say(f"what was learnt so far could not be exported ({error}).")
+        else:
+            self.say(f"what was learnt in these {self.learner.step} steps: {path}")
 
 
 def product_path(run: Run, kind: str, suffix: str = "") -> Path:

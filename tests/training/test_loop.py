@@ -165,10 +165,51 @@ def test_a_signal_ends_the_step_saves_and_leaves(tmp_path, number):
     with pytest.raises(KeyboardInterrupt):
         train_toy(tmp_path / "broken", on_step=send, on_note=notes.append)
     assert signal.getsignal(number) is before
-    assert "stopped after step 6 of 10; saved" in notes[-1]
+    assert "stopped after step 6 of 10; saved" in notes[-2]
     train_toy(tmp_path / "broken")
     train_toy(tmp_path / "whole")
     assert files(tmp_path / "broken") == files(tmp_path / "whole")
+
+
+def stopped_product(folder):
+    return folder / "sd3/toy/model/toy-stopped.safetensors"
+
+
+def test_a_stopped_run_leaves_what_it_has_learnt_until_it_goes_on_to_its_end(tmp_path):
+    notes = []
+    with pytest.raises(Stop):
+        train_toy(tmp_path / "stopped", on_step=stop_after(5), on_note=notes.append)
+    path = stopped_product(tmp_path / "stopped")
+    assert notes[-1] == f"what was learnt in these 5 steps: {path}"
+    train_toy(tmp_path / "short", replace(TOY, steps=5))
+    for name, tensor in load_file(path).items():
+        assert torch.equal(tensor, final(tmp_path / "short")[name])  # the average, as in the end
+    train_toy(tmp_path / "stopped")
+    assert not path.exists()
+    assert final(tmp_path / "stopped")
+
+
+def test_a_run_stopped_before_its_first_step_leaves_no_product(tmp_path):
+    class Broken(ToyTask):
+        def loss(self, step, rows, size):
+            raise MemoryError
+
+    with pytest.raises(MemoryError):
+        train_toy(tmp_path, TOY, Broken())
+    assert not stopped_product(tmp_path).exists()
+
+
+def test_a_product_that_cannot_be_left_hides_neither_the_reason_nor_the_state(tmp_path):
+    class Full(ToyTask):
+        def export(self, path, step):
+            raise CheckpointError("No space left on device.")
+
+    notes, config = [], replace(TOY, validate_every=0)
+    with pytest.raises(Stop):
+        train_toy(tmp_path, config, Full(), on_step=stop_after(5), on_note=notes.append)
+    assert "stopped after step 5 of 10; saved" in notes[-2]
+    assert notes[-1] == "what was learnt so far could not be exported (No space left on device.)."
+    assert loaded_states(tmp_path)[-1] == 5
 
 
 def test_an_error_in_the_middle_of_an_update_is_not_saved(tmp_path, monkeypatch):
@@ -184,6 +225,7 @@ def test_an_error_in_the_middle_of_an_update_is_not_saved(tmp_path, monkeypatch)
         train_toy(tmp_path, on_note=notes.append)
     assert "the saved state is that of step 4" in notes[-1]
     assert 5 not in loaded_states(tmp_path)
+    assert not stopped_product(tmp_path).exists()
 
 
 def loaded_states(folder) -> list[int]:
@@ -201,7 +243,7 @@ def test_out_of_memory_in_a_batch_saves_the_steps_before_it(tmp_path):
     with pytest.raises(torch.OutOfMemoryError):
         train_toy(tmp_path, TOY, Hungry(), on_note=notes.append)
     assert loaded_states(tmp_path)[-1] == 7
-    assert "stopped after step 7 of 10; saved" in notes[-1]
+    assert "stopped after step 7 of 10; saved" in notes[-2]
 
 
 def test_a_full_disk_says_what_is_saved_and_loses_nothing(tmp_path, monkeypatch):
@@ -220,7 +262,7 @@ def test_a_full_disk_says_what_is_saved_and_loses_nothing(tmp_path, monkeypatch)
     notes = []
     with pytest.raises(CheckpointError, match="No space left"):
         train_toy(tmp_path, replace(TOY, validate_every=0), on_note=notes.append)
-    assert "saved" in notes[-1]
+    assert "saved" in notes[-2]
     monkeypatch.setattr(run, "save_tensors", original)
     train_toy(tmp_path, replace(TOY, validate_every=0))
     train_toy(tmp_path / "whole", replace(TOY, validate_every=0))
@@ -240,8 +282,8 @@ def test_a_disk_that_stays_full_keeps_the_older_states(tmp_path, monkeypatch):
     notes = []
     with pytest.raises(CheckpointError, match="No space left"):
         train_toy(tmp_path, replace(TOY, validate_every=0), on_note=notes.append)
-    assert "could not be saved" in notes[-1]
-    assert "the saved state is that of step 3" in notes[-1]
+    assert "could not be saved" in notes[-2]
+    assert "the saved state is that of step 3" in notes[-2]
     assert loaded_states(tmp_path) == [3]
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from sd3_pack.sd3_core.checkpoints.header import read_header
+from sd3_pack.sd3_core.checkpoints.lora_files import read_lora
 from sd3_pack.sd3_core.training.config import TrainConfig, plain_settings
 from training_set import write_training_set
 
@@ -121,7 +123,13 @@ def test_sigterm_saves_says_so_and_leaves(given, unbroken):
     assert process.returncode == 130
     assert "saved" in said
     assert "Traceback" not in said
-    assert len(list((folder(config) / "state").glob("step-*"))) >= 1
+    (state,) = (folder(config) / "state").glob("step-*")
+    left = folder(config) / "lora" / "terminated-stopped.safetensors"
+    assert str(left) in said
+    assert read_header(left).metadata["sd3_workbench.steps"] == str(int(state.stem[5:]))
+    assert read_lora(left).report.unmatched == ()
+    finish(start(config))
+    assert not left.exists()
 
 
 def test_a_run_that_is_being_trained_is_refused_to_others(given):
