@@ -2,57 +2,31 @@
 
 import io
 import json
-import time
 import urllib.request
 
 import pytest
 from api_workflows import text_to_image
-from comfy_server import DONE, PACK, PACK_NAME, Refused, Server, error_of
+from comfy_server import DONE, PACK, cached_of, reports
 from PIL import Image
 from sd3_pack.sd3_core.checkpoints.header import fingerprint
 
 SCHEMAS = json.loads((PACK / "tests/nodes/schemas.json").read_text(encoding="utf-8"))
-REPORT = "sd3_report"
 
 
-def ours(server: Server) -> dict[str, dict]:
-    """Node id -> its /object_info, of the nodes that come from this pack."""
-    module = f"custom_nodes.{PACK_NAME}"
-    info = server.request("/object_info")
-    return {name: node for name, node in info.items() if node["python_module"] == module}
-
-
-def reports(entry) -> dict[str, dict]:
-    """Node -> what it tells in /history."""
-    told = {name: output[REPORT] for name, output in entry["outputs"].items() if REPORT in output}
-    assert all(len(report) == 1 for report in told.values())
-    return {name: report[0] for name, report in told.items()}
-
-
-def refusal(server: Server, workflow) -> str:
-    """What the server says of a bad workflow, before it starts or while it runs."""
-    try:
-        return error_of(server.wait(server.queue(workflow)))
-    except Refused as refused:
-        errors = [e for node in refused.body["node_errors"].values() for e in node["errors"]]
-        return "\n".join(f"{error['message']}: {error['details']}" for error in errors)
-
-
-def picture(server: Server, entry, node: str = "save") -> bytes:
-    image = entry["outputs"][node]["images"][0]
-    path = f"/view?filename={image['filename']}&subfolder={image['subfolder']}&type={image['type']}"
-    return server.request(path)
+def pixels(png: bytes) -> bytes:
+    """Without the metadata, which names the prompt."""
+    return Image.open(io.BytesIO(png)).tobytes()
 
 
 # What is there
 
 
 def test_exactly_our_nodes_are_registered(server):
-    assert set(ours(server)) == set(SCHEMAS)
+    assert set(server.our_nodes()) == set(SCHEMAS)
 
 
 def test_every_node_has_its_words(server):
-    for name, node in ours(server).items():
+    for name, node in server.our_nodes().items():
         assert node["display_name"].startswith("SD3 "), name
         assert node["category"].startswith("SD3 Workbench/"), name
         assert node["description"], name
@@ -93,10 +67,7 @@ def test_the_same_prompt_again_comes_from_the_cache(server):
 def test_another_seed_recomputes_no_more_than_it_must(server):
     server.run(text_to_image(seed=103))
     entry = server.run(text_to_image(seed=104))
-    (cached,) = [
-        data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached"
-    ]
-    assert set(cached) == {"load", "prompt", "empty", "schedule"}
+    assert cached_of(entry) == {"load", "prompt", "empty", "schedule"}
 
 
 def test_the_same_seed_gives_the_same_picture(server):
@@ -104,11 +75,7 @@ def test_the_same_seed_gives_the_same_picture(server):
     server.run(text_to_image(seed=106))
     server.free()
     again = server.run(text_to_image(seed=105, output="again"))
-    assert pixels(picture(server, first)) == pixels(picture(server, again))
-
-
-def pixels(png: bytes) -> bytes:
-    return Image.open(io.BytesIO(png)).tobytes()
+    assert pixels(server.picture(first)) == pixels(server.picture(again))
 
 
 # What headless readers learn
@@ -158,7 +125,7 @@ def test_a_base_name_is_enough_where_only_one_file_has_it(server):
 
 @pytest.mark.parametrize("value", [7, "", "auto", "none", "x" * 5000, {"name": "tiny"}, None])
 def test_odd_names_are_answered_with_a_sentence(server, value):
-    assert "SD3:missing_file: " in refusal(server, with_inputs("load", ckpt_name=value))
+    assert "SD3:missing_file: " in server.refusal(with_inputs("load", ckpt_name=value))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +139,7 @@ def test_odd_names_are_answered_with_a_sentence(server, value):
     ],
 )
 def test_names_do_not_leave_their_folder(server, name):
-    said = refusal(server, text_to_image(name.format(folder=server.folder)))
+    said = server.refusal(text_to_image(name.format(folder=server.folder)))
     assert "SD3:missing_file: " in said
 
 
@@ -219,7 +186,7 @@ BAD = {
 @pytest.mark.parametrize("case", BAD)
 def test_what_is_wrong_is_said_with_its_code(server, case):
     code, workflow = BAD[case]
-    said = refusal(server, workflow)
+    said = server.refusal(workflow)
     assert f"SD3:{code}: " in said
     assert server.run(text_to_image(seed=112)), "the next prompt works"
 
@@ -243,13 +210,25 @@ def test_an_interrupt_ends_the_prompt_within_a_step(server):
     assert reports(server.run(text_to_image(seed=114)))["sample"]["seed"] == 114
 
 
-def test_free_forgets_models_and_results(server):
+def test_free_forgets_results(server):
     workflow = text_to_image(seed=115)
     server.run(workflow)
+    assert cached_of(server.run(workflow)) == set(workflow)
+    server.free()  # acts now, or after a prompt that came too soon
+    assert set() in [cached_of(server.run(workflow)) for _ in range(2)]
+
+
+def test_free_gives_the_memory_of_a_model_back(server):
+    workflow = text_to_image("tiny.safetensors", seed=116)
+    server.run(workflow)
+    before = server.memory()
+    large = {"unet_name": "large.safetensors", "weight_dtype": "auto"}
+    workflow["large"] = {"class_type": "SD3LoadMMDiT", "inputs": large}
+    workflow["sample"]["inputs"]["model"] = ["large", 0]
+    server.run(workflow)
+    loaded = server.memory() - before
+    size = (server.folder / "models/diffusion_models/large.safetensors").stat().st_size
+    assert loaded > size / 2, "the measure sees a model"
     server.free()
-    time.sleep(2)
-    entry = server.run(workflow)
-    (cached,) = [
-        data["nodes"] for kind, data in entry["status"]["messages"] if kind == "execution_cached"
-    ]
-    assert cached == []
+    server.run(text_to_image("tiny.safetensors", seed=117))
+    assert server.memory() - before < size / 4

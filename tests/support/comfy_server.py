@@ -19,6 +19,7 @@ import sys
 import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ MODEL_FOLDERS = (
     "text_encoders",
     "vae",
 )
+REPORT = "sd3_report"  # key of our nodes' JSON in /history
 START = 180  # seconds; about 25 on two idle cores
 DONE = ("execution_success", "execution_error", "execution_interrupted")
 
@@ -203,6 +205,26 @@ class Server:
             raise ServerFailed(f"{error_of(entry)}\n{self.tail()}")
         return entry
 
+    def refusal(self, workflow: Mapping[str, Any]) -> str:
+        """What is said of a bad workflow, before it starts or while it runs; "" if it is good."""
+        try:
+            return error_of(self.wait(self.queue(workflow)))
+        except Refused as refused:
+            nodes = refused.body["node_errors"].values()
+            errors = [error for node in nodes for error in node["errors"]]
+            return "\n".join(f"{error['message']}: {error['details']}" for error in errors)
+
+    def our_nodes(self) -> dict[str, dict[str, Any]]:
+        """Node id -> its /object_info, of the nodes that come from this pack."""
+        module = f"custom_nodes.{PACK_NAME}"
+        info = self.request("/object_info")
+        return {name: node for name, node in info.items() if node["python_module"] == module}
+
+    def picture(self, entry: Mapping[str, Any], node: str = "save") -> bytes:
+        """The first picture that a node saved, as its file's bytes."""
+        query = urllib.parse.urlencode(entry["outputs"][node]["images"][0])
+        return self.request(f"/view?{query}")
+
     def interrupt(self, prompt_id: str = "") -> None:
         self.request("/interrupt", {"prompt_id": prompt_id} if prompt_id else {})
 
@@ -231,6 +253,23 @@ def error_of(entry: Mapping[str, Any]) -> str:
         if kind == "execution_error":
             return f"{data['node_type']}: {data['exception_message']}"
     return ""
+
+
+def cached_of(entry: Mapping[str, Any]) -> set[str]:
+    """The nodes whose results came from the cache."""
+    return {
+        node
+        for kind, data in entry["status"]["messages"]
+        if kind == "execution_cached"
+        for node in data["nodes"]
+    }
+
+
+def reports(entry: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Node -> what it tells in /history."""
+    told = {name: output[REPORT] for name, output in entry["outputs"].items() if REPORT in output}
+    assert all(len(report) == 1 for report in told.values())
+    return {name: report[0] for name, report in told.items()}
 
 
 def free_port() -> int:

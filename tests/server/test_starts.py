@@ -1,0 +1,24 @@
+"""What the start of a server decides, and that a restart changes nothing."""
+
+from api_workflows import text_to_image
+from comfy_server import reports, serve
+
+
+def test_a_restart_draws_the_same_and_a_switch_leaves_training_out(tmp_path):
+    """One server without training, then one with it, in the same folder."""
+    workflow = text_to_image(seed=201)
+    with serve(tmp_path, environment={"SD3_WORKBENCH_NO_TRAINING": "1"}) as first:
+        without = first.our_nodes()
+        told = reports(first.run(workflow))
+        drawn = first.picture(first.run(workflow))
+    with serve(tmp_path) as second:
+        every = second.our_nodes()
+        entry = second.run(workflow)
+        assert second.picture(entry) == drawn
+        assert reports(entry).keys() == told.keys()
+        assert reports(entry)["load"] == told["load"]
+    assert set(without) == {name for name, node in every.items() if not trains_or_writes(node)}
+
+
+def trains_or_writes(node) -> bool:
+    return node["output_node"] or node["category"].startswith("SD3 Workbench/training")
