@@ -117,17 +117,7 @@ class Dataset:
     @cached_property
     def contents(self) -> Contents:
         """The digest in parts, to tell what has changed; see contents.changes."""
-        return {
-            item.name: tuple(
-                short_hash(part)
-                for part in (
-                    item.captions,
-                    item.picture.digest,
-                    (item.picture.key, item.bucket, item.repeats, item.weight),
-                )
-            )
-            for item in self.items
-        }
+        return {item.name: _parts(item) for item in self.items}
 
     @cached_property
     def _groups(self) -> Groups:
@@ -141,6 +131,14 @@ class Dataset:
         second = len(sources) > 1 and chance(seed, step, index, "source") >= self.original_share
         texts = sources[1 if second else 0]
         return texts[int(chance(seed, step, index, "caption") * len(texts))]
+
+
+def _parts(item: Item) -> tuple[str, ...]:
+    """An item's contents.PARTS; a pair's pictures count together."""
+    pictures = [one.picture for one in (item, item.loser) if one is not None]
+    framing = ([one.key for one in pictures], item.bucket, item.repeats, item.weight)
+    parts = (item.captions, [one.digest for one in pictures], framing)
+    return tuple(short_hash(part) for part in parts)
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,8 @@ from PIL import Image
 from sd3_pack.sd3_core.training.contents import changes, read_contents, write_contents
 from sd3_pack.sd3_core.training.dataset import read_dataset
 from sd3_pack.sd3_core.training.folders import Source
+from sd3_pack.sd3_core.training.framing import Framing
+from sd3_pack.sd3_core.training.preferences import read_preferences
 from sd3_pack.sd3_core.training.run import RunRefused, open_run
 from training_set import write_pictures
 
@@ -67,6 +69,21 @@ def test_several_changes_are_a_line_each(folder):
         "removed: 3.png",
         "captions changed: 2.png",
     ]
+
+
+def test_another_loser_of_a_pair_is_another_picture(tmp_path):
+    framing = Framing(64, bucket_step=16)
+    for side, colour in (("chosen", "red"), ("rejected", "blue")):
+        (tmp_path / side).mkdir()
+        for name in ("1", "2"):
+            paint(tmp_path / side / f"{name}.png", colour)
+    before = read_preferences([Source(tmp_path)], framing=framing).contents
+    paint(tmp_path / "rejected" / "2.png", "orange")
+    after = read_preferences([Source(tmp_path)], framing=framing).contents
+    (line,) = changes(before, after)
+    assert line.startswith("picture changed: ")
+    assert "2" in line
+    assert "1" not in line
 
 
 def test_repeats_are_told(folder):
