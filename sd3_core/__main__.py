@@ -372,13 +372,19 @@ def lora_strength(text: str) -> tuple[Path, float]:
 
 def setting(text: str) -> tuple[str, object]:
     """ "steps=100" -> ("steps", 100)."""
+    import json
+
     from .training.config import read_toml
 
     name, equals, value = text.partition("=")
-    try:
-        return name.strip(), read_toml(f"value = {value}")["value"]
-    except ValueError:
-        return name.strip(), value  # text without its quotes
+    if not equals:
+        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=VALUE, such as steps=2000")
+    for read in (json.loads, lambda plain: read_toml(f"value = {plain}")["value"]):
+        try:
+            return name.strip(), read(value)
+        except ValueError:
+            continue
+    return name.strip(), value  # text without its quotes
 
 
 def block_list(text: str) -> tuple[int, ...]:

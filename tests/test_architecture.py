@@ -59,7 +59,8 @@ UNSAFE_MODULES = (
     "joblib",
 )
 UNSAFE_CALLS = ("eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load")
-OPTIONAL = ("diffusers", "matplotlib")  # used where it is installed, and only when asked for
+# Used where it is installed, and only when asked for; tomllib is Python's own from 3.11 on.
+OPTIONAL = ("diffusers", "matplotlib", "tomllib", "tomli")
 DISTRIBUTIONS = {"PIL": "pillow"}  # imported name -> installed name, where they differ
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "misc")
 

@@ -227,10 +227,14 @@ def read_toml(text: str) -> dict[str, Any]:
     """Raises ValueError for text that is no TOML."""
     try:
         import tomllib
-    except ImportError:
-        raise ValueError(
-            "TOML needs Python 3.11; on 3.10 write the same settings as a .json file"
-        ) from None
+    except ImportError:  # Python 3.10; what many packages bring there has the same two functions
+        try:
+            import tomli as tomllib
+        except ImportError:
+            raise ValueError(
+                "TOML needs Python 3.11; on 3.10 install tomli, or write the same settings as a "
+                ".json file"
+            ) from None
     return tomllib.loads(text)
 
 

@@ -1,6 +1,7 @@
 """Settings of a run: read, checked one by one, written back."""
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,29 @@ def test_single_settings_are_changed_on_the_command_line():
     assert setting("steps=100") == ("steps", 100)
     assert setting("run_name=my cat") == ("run_name", "my cat")
     assert setting("sample_prompts=['a', 'b']") == ("sample_prompts", ["a", "b"])
+    assert setting("data={path = 'a', repeats = 2}") == ("data", {"path": "a", "repeats": 2})
+
+
+def test_a_setting_without_a_value_is_one_sentence(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "x.toml", "--set", "steps"])
+    assert "'steps': give NAME=VALUE, such as steps=2000" in capsys.readouterr().err
+
+
+def test_on_python_3_10_toml_is_read_with_tomli_where_it_is_installed(monkeypatch, tmp_path):
+    parser = pytest.importorskip("tomllib" if sys.version_info >= (3, 11) else "tomli")
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    monkeypatch.setitem(sys.modules, "tomli", parser)
+    assert make_config(read_toml(TOML)).betas == (0.9, 0.95)
+    monkeypatch.setitem(sys.modules, "tomli", None)
+    path = tmp_path / "cat.toml"
+    path.write_text(TOML)
+    with pytest.raises(ValueError, match=r"cat.toml: TOML needs .* install tomli, or .*json"):
+        read_settings(path)
+    path = path.with_suffix(".json")
+    path.write_text(json.dumps(plain_settings(TrainConfig(run_name="cat"))))
+    assert make_config(read_settings(path)).run_name == "cat"
+    assert setting("steps=100") == ("steps", 100)  # JSON is enough
 
 
 @pytest.mark.parametrize("name", ["train-lora.toml", "train-small.toml"])
