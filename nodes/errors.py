@@ -18,6 +18,7 @@ CODES = (
     "wrong_latent",
     "wrong_lora",
     "bad_setting",
+    "run_refused",
     "not_finite",
 )
 

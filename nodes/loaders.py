@@ -48,7 +48,7 @@ def load_model(component: Component, weight_dtype: str) -> Any:
     assert isinstance(config, MMDiTConfig)
     set_reload(patcher, reload_model, (str(component.file), weight_dtype))
     pixels = native_pixels_of(component, config)
-    set_origin(patcher, Origin(describe({"mmdit": component}), native_pixels=pixels))
+    set_origin(patcher, Origin.of({"mmdit": component}, pixels))
     return patcher
 
 
@@ -65,7 +65,7 @@ def load_vae(component: Component) -> Any:
     with coded("bad_file"):
         vae = SD3VAE(component)
     set_reload(vae.patcher, reload_vae, (str(component.file),))
-    set_origin(vae.patcher, Origin(describe({"vae": component})))
+    set_origin(vae.patcher, Origin.of({"vae": component}))
     return vae
 
 
@@ -92,7 +92,7 @@ def load_clip(parts: Mapping[str, Component], weight_dtype: str) -> Any:
         )
     files = tuple((kind, str(part.file)) for kind, part in parts.items())
     set_reload(clip.patcher, reload_clip, (files, weight_dtype))
-    set_origin(clip.patcher, Origin(describe(parts)))
+    set_origin(clip.patcher, Origin.of(parts))
     return clip
 
 

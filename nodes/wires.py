@@ -38,12 +38,18 @@ class Origin:
     """What one of our loaders knows of a MODEL, CLIP or VAE; travels with its patcher's clones.
 
     files: "mmdit", "clip_l", ... -> {"file", "fingerprint"}.  native_pixels: of the pictures that
-    the model was trained on.
+    the model was trained on.  paths: of the same files; never reported.
     """
 
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     loras: tuple[dict[str, Any], ...] = ()
     native_pixels: int = MEGAPIXEL
+    paths: dict[str, Path] = field(default_factory=dict)
+
+    @staticmethod
+    def of(parts: Mapping[str, Component], native_pixels: int = MEGAPIXEL) -> "Origin":
+        paths = {kind: part.file for kind, part in parts.items()}
+        return Origin(describe(parts), native_pixels=native_pixels, paths=paths)
 
 
 def describe(parts: Mapping[str, Component]) -> dict[str, dict[str, str]]:

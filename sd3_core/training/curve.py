@@ -15,15 +15,24 @@ LEFT, RIGHT, TOP, BOTTOM = 70, 20, 30, 40  # margins
 PALE, DARK, MEASURED = (190, 205, 225), (40, 90, 160), (215, 90, 30)
 INK, LINES = (60, 60, 60), (228, 228, 228)
 
-Points = list[tuple[float, float]]  # (step, loss)
+Points = list[tuple[float, float]]  # (step, loss), or (noise level, density)
 
 
 def draw_curve(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Write a PNG of a run's log: each step's loss pale, its running mean, the validation loss."""
+    """Write a run's log as a PNG; nothing without a step in it."""
+    image = curve_image(lines)
+    if image is not None:
+        data = BytesIO()
+        image.save(data, format="PNG", compress_level=1)
+        save_bytes(path, data.getvalue())
+
+
+def curve_image(lines: Sequence[Mapping[str, Any]]) -> Image.Image | None:
+    """A run's log: each step's loss pale, its running mean, the validation loss as dots."""
     losses = _points(lines, "loss")
     measured = _points(lines, "validation_loss")
     if not losses:
-        return
+        return None
     image = Image.new("RGB", (WIDTH, HEIGHT), "white")
     draw = ImageDraw.Draw(image)
     frame = Frame(losses, measured)
@@ -36,9 +45,18 @@ def draw_curve(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     draw.text((LEFT, 8), f"loss {losses[-1][1]:.4g}", fill=DARK)
     if measured:
         draw.text((LEFT + 120, 8), f"validation {measured[-1][1]:.4g}", fill=MEASURED)
-    data = BytesIO()
-    image.save(data, format="PNG", compress_level=1)
-    save_bytes(path, data.getvalue())
+    return image
+
+
+def density_image(points: Points, title: str) -> Image.Image:
+    """A density over noise levels 0 ... 1, as points (level, density)."""
+    image = Image.new("RGB", (WIDTH, HEIGHT), "white")
+    draw = ImageDraw.Draw(image)
+    frame = Frame(points, [(0.0, 0.0)])
+    frame.draw_axes(draw)
+    draw.line([frame.place(point) for point in points], fill=DARK, width=2)
+    draw.text((LEFT, 8), title, fill=DARK)
+    return image
 
 
 def _points(lines: Sequence[Mapping[str, Any]], name: str) -> Points:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import time
+from collections.abc import Sequence
 
 from .cache import Cache
 from .config import TrainConfig, told_settings
@@ -17,8 +18,13 @@ ARCHITECTURES = {
 }
 
 
-def metadata(config: TrainConfig, subject: Subject, cache: Cache, step: int) -> dict[str, str]:
-    """What a product tells about itself, in the names that other programs know, and ours."""
+def metadata(
+    config: TrainConfig, subject: Subject, cache: Cache, step: int, changes: Sequence[str] = ()
+) -> dict[str, str]:
+    """What a product tells about itself, in the names that other programs know, and ours.
+
+    changes: what distinguishes the frozen network from its file.
+    """
     settings = json.dumps(told_settings(config), ensure_ascii=False)
     clip_rows = cache.layout.length - _t5_rows(cache)
     shared = {
@@ -39,6 +45,8 @@ def metadata(config: TrainConfig, subject: Subject, cache: Cache, step: int) -> 
     }
     if not config.trains_lora:
         return {**shared, **small_model(subject)}
+    if changes:
+        shared["sd3_workbench.base_changes"] = json.dumps(list(changes))
     if config.method == "dpo":
         conventions = {"beta": config.dpo_beta, "reduction": "mean", "half": True}
         options = {"sft_weight": config.dpo_sft_weight, "loser_scale": config.dpo_loser_scale}

@@ -119,6 +119,13 @@ class RectifiedFlow:
         high = shifted(min(self.window.high, 1.0), unshift)
         return Truncated(self.density, low, min(high, 1.0))  # rounding may put it a hair above
 
+    def pdf(self, sigma: Tensor) -> Tensor:
+        """Probability density of the noise levels that `draw` gives: float64, sigma in [0, 1]."""
+        shift = self.schedule.shift
+        t = shifted(sigma.double(), 1 / shift)
+        slope = shift / (1 + (shift - 1) * t) ** 2  # d sigma / d t
+        return self.visited().pdf(t) / slope
+
     def loss(
         self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, mask: Tensor | None = None
     ) -> Tensor:

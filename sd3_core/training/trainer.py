@@ -6,7 +6,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -51,16 +51,37 @@ DATA, HELD = "pictures and captions", "pictures of validation"
 OnProgress = Callable[[CacheProgress], None]
 
 
+def load_base(part: Component, place: Place) -> MMDiT:
+    """The network as its file has it."""
+    return load_mmdit(part, dtype=place.dtype, device=place.device)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The frozen network under a LoRA: as its file has it, or as a host program has changed it.
+
+    changes: what distinguishes it from the file, a line for each; part of the run's identity.
+    """
+
+    load: Callable[[Component, Place], MMDiT] = load_base
+    changes: tuple[str, ...] = ()
+
+
+AS_STORED = Base()
+
+
 def train(
     config: TrainConfig,
     on_step: OnStep = ignore,
     on_note: OnNote = ignore,
     on_progress: OnProgress = ignore,
+    base: Base = AS_STORED,
 ) -> Outcome:
     """Train, or go on, or return what is finished.
 
     on_step: after each step; what it raises stops the run, saved.  on_note: receives sentences.
-    on_progress: while pictures and captions are encoded.  Under torchrun each process calls this.
+    on_progress: while pictures and captions are encoded.  base: where another program holds the
+    network that a LoRA is trained on.  Under torchrun each process calls this.
     Raises ValueError for settings, CheckpointError for files, RunRefused when the run of this name
     is another one or is being trained, and NumericalError when the loss is no longer a number.
     """
@@ -73,7 +94,7 @@ def train(
         say(line)
     with joined(world, place.device), opened(config, world) as run:
         if world.first:
-            asked = identity(config, subject, world)
+            asked = identity(config, subject, world, base)
             run.settle(asked, config.steps, plain_settings(config), contents(subject))
         if (outcome := finished(config, run, world)) is not None:
             say(f"{run.name}: is finished; nothing was computed")
@@ -83,7 +104,7 @@ def train(
         pictures = None
         if world.first and config.sample_every:
             pictures = encode_samples(config, subject.schedule, subject.resolution)
-        task = make_task(config, subject, cache, place, pictures)
+        task = make_task(config, subject, cache, place, pictures, base)
         tell_plan(config, subject, task, cache.layout.length, run, say)
         return fit(task, run, config, world, on_step, on_note, task.verdict)
 
@@ -109,7 +130,9 @@ def opened(config: TrainConfig, world: World) -> Iterator[Run]:
         yield Run(run_folder(config.output, config.run_name))
 
 
-def identity(config: TrainConfig, subject: Subject, world: World) -> dict[str, Any]:
+def identity(
+    config: TrainConfig, subject: Subject, world: World, base: Base = AS_STORED
+) -> dict[str, Any]:
     """What makes this run the one it is, as JSON holds it."""
     settings = {k: v for k, v in plain_settings(config).items() if k not in FREE}
     return {
@@ -118,6 +141,7 @@ def identity(config: TrainConfig, subject: Subject, world: World) -> dict[str, A
         DATA: subject.dataset.digest,
         HELD: subject.held.digest if subject.held else None,
         **{f"weights of {kind}": fingerprint_of(part) for kind, part in subject.parts.items()},
+        "changes of the network": list(base.changes),
     }
 
 
@@ -181,10 +205,11 @@ def make_task(
     cache: Cache,
     place: Place,
     pictures: SamplePictures | None,
+    base: Base = AS_STORED,
 ) -> FlowTask:
     """What the loop is given: the network, its samples and its loss."""
     part = component_of(config.mmdit or subject.parts["mmdit"], "mmdit")
-    model, adapters = network_to_train(part, config, place)
+    model, adapters = network_to_train(part, config, place, base)
     kind = DPOTask if config.method == "dpo" else FlowTask
     return kind(
         model,
@@ -194,18 +219,18 @@ def make_task(
         chosen(subject.held or subject.dataset, config.validation_items),
         config,
         place,
-        lambda step: metadata(config, subject, cache, step),
+        lambda step: metadata(config, subject, cache, step, base.changes),
         **({} if pictures is None else {"draw_samples": pictures.draw}),
     )
 
 
 def network_to_train(
-    part: Component, config: TrainConfig, place: Place
+    part: Component, config: TrainConfig, place: Place, base: Base = AS_STORED
 ) -> tuple[MMDiT, TrainableLoRA | None]:
     """The network on its device; the LoRA on it, unless the network itself is trained."""
     adapters = None
     if config.trains_lora:
-        model = load_mmdit(part, dtype=place.dtype, device=place.device)
+        model = base.load(part, place)
         adapters = add_lora(model, config)
     else:
         model = load_to_train(part, place.device)

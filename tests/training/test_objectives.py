@@ -460,3 +460,16 @@ def test_wrong_parameters_of_an_objective_are_refused(text):
 def test_an_unknown_loss_space_is_refused():
     with pytest.raises(ValueError, match="velocity"):
         RectifiedFlow(loss_space="v")
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("window", [Window(), Window(high=0.9, low=0.2)])
+def test_the_density_of_noise_levels_is_that_of_the_draws(shift, window):
+    flow = RectifiedFlow(LogitNormal(0.3, 0.8), Schedule(shift), window=window)
+    drawn = flow.draw((torch.arange(200_000) + 0.5) / 200_000).double()
+    edges = torch.linspace(0, 1, 21, dtype=torch.float64)
+    counted = torch.histogram(drawn, edges).hist / len(drawn) * 20
+    fine = torch.linspace(0, 1, 20 * 200 + 1, dtype=torch.float64)
+    middles = (fine[1:] + fine[:-1]) / 2
+    expected = flow.pdf(middles).reshape(20, 200).mean(1)
+    torch.testing.assert_close(counted, expected, atol=0.02, rtol=0)

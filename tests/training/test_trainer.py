@@ -13,7 +13,7 @@ from sd3_pack.sd3_core.checkpoints.lora_files import read_lora
 from sd3_pack.sd3_core.errors import CheckpointError
 from sd3_pack.sd3_core.training.folders import Source
 from sd3_pack.sd3_core.training.run import RunRefused
-from sd3_pack.sd3_core.training.trainer import train
+from sd3_pack.sd3_core.training.trainer import Base, train
 from training_set import scratch, write_pictures, write_training_set
 
 
@@ -351,3 +351,24 @@ def test_a_lora_is_taught_on_a_base_in_any_precision(config, tmp_path, kind):
     (adapter, *_) = read_lora(outcome.product).parts["mmdit"]
     assert adapter.change.up.dtype == torch.float32
     assert adapter.change.up.abs().max() > 0
+
+
+# A network that another program holds
+
+
+def test_a_lora_may_be_taught_on_a_network_that_the_host_has_changed(config):
+    def load(part, place):
+        model = load_mmdit(part, dtype=place.dtype, device=place.device)
+        with torch.no_grad():
+            model.final_layer.linear.weight.mul_(2)
+        return model
+
+    changed = Base(load, ("style.safetensors (0123) x 0.8",))
+    plain = replace(config, run_name=config.run_name + " plain")
+    train(plain)
+    outcome = train(config, base=changed)
+    assert losses(config) != losses(plain)
+    told = read_header(outcome.product).metadata["sd3_workbench.base_changes"]
+    assert json.loads(told) == ["style.safetensors (0123) x 0.8"]
+    with pytest.raises(RunRefused, match="changes of the network"):
+        train(replace(config, steps=6))
