@@ -1,14 +1,19 @@
 """Prompt -> CONDITIONING."""
 
+import hashlib
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
+import comfy.model_management
 import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..sd3_core.conditioning import Conditioning
 from ..sd3_core.settings import RELEASED_WINDOW
+from ..sd3_core.speed.prompts import PromptCache, users_cache
 from ..sd3_core.text.encoders import ENCODERS, TITLES
 from ._compat import advanced, schema
 from .comfy_text import KEYS, MODULES, RELEASED_CONTEXT, RELEASED_POOLED, SD3TextModel
@@ -104,6 +109,54 @@ def notes_on_length(
     if length > least and "t5" in there:
         notes.append(f"T5 read {real['t5']} tokens: its part grew from {least} to {length} rows.")
     return notes
+
+
+@dataclass(frozen=True)
+class Encoded:
+    conditioning: list[list[Any]]  # CONDITIONING
+    known: bool  # found on disk, so that no encoder was needed
+
+
+def look_up_or_encode(
+    clip: Any, words: Words, use: list[str], cache: PromptCache | None
+) -> Encoded:
+    key = hash_of(clip, words, use)
+    if cache is None or key is None:
+        return Encoded(encode(clip, words, use), known=False)
+    found = cache.get(key)
+    if found is not None:
+        device = comfy.model_management.intermediate_device()
+        found = found.to(device, torch.float32)
+        return Encoded([[found.context, {"pooled_output": found.pooled}]], known=True)
+    conditioning = encode(clip, words, use)
+    ((context, extra),) = conditioning
+    if set(extra) == {"pooled_output"}:
+        cache[key] = Conditioning(context, extra["pooled_output"])
+    return Encoded(conditioning, known=False)
+
+
+def hash_of(clip: Any, words: Words, use: list[str]) -> str | None:
+    """Of all that decides the conditioning; None where a patch, hook or embedding has a say too."""
+    model, patcher, files = clip.cond_stage_model, clip.patcher, origin_of(clip.patcher).files
+    changed = (
+        patcher.patches
+        or patcher.object_patches.keys() - {"manual_cast_dtype"}  # which every CLIP has
+        or patcher.forced_hooks
+        or clip.apply_hooks_to_conds
+        or clip.use_clip_schedule
+        or clip.layer_idx is not None
+    )
+    rows = [row for key in KEYS.values() for row in words.tokens[key]]
+    embedded = not all(isinstance(token, int) for row in rows for token, _ in row)
+    if changed or embedded or not files or not isinstance(model, SD3TextModel):
+        return None
+    encoders = {
+        kind: [files[kind]["fingerprint"], str(getattr(model, MODULES[kind]).transformer.dtype)]
+        for kind in present(clip)
+    }
+    shape = asdict(Shape.of(model))
+    deciding = [encoders, patcher.load_device.type, shape, use, words.counts, words.tokens]
+    return hashlib.sha256(json.dumps(["comfyui", deciding]).encode()).hexdigest()
 
 
 def encode(clip: Any, words: Words, use: list[str]) -> list[list[Any]]:
@@ -249,17 +302,18 @@ class SD3EncodePrompt(io.ComfyNode):
         with coded("bad_setting"):
             positive_words = tokenize(clip, texts, least)
             negative_words = tokenize(clip, dict.fromkeys(ENCODERS, negative), least)
+            cache = users_cache()
+        both = [positive_words, negative_words]
+        encoded = [look_up_or_encode(clip, words, use, cache) for words in both]
         contents = {
-            "positive": {"tokens": positive_words.counts, "notes": list(positive_words.notes)},
-            "negative": {"tokens": negative_words.counts, "notes": list(negative_words.notes)},
+            **{
+                name: {"tokens": words.counts, "notes": list(words.notes), "known": done.known}
+                for name, words, done in zip(("positive", "negative"), both, encoded, strict=True)
+            },
             "window": Shape.of(clip.cond_stage_model).window,
             "use": use,
             "loaded": present(clip),
             "notes": notes_on_encoders(clip, use),
             "files": origin_of(clip.patcher).files,
         }
-        return io.NodeOutput(
-            encode(clip, positive_words, use),
-            encode(clip, negative_words, use),
-            ui=report(contents),
-        )
+        return io.NodeOutput(*(done.conditioning for done in encoded), ui=report(contents))

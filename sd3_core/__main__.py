@@ -114,6 +114,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--no-clip-g", action="store_true")
     add("--no-t5", action="store_true")
     add("--t5-length", default="auto", help="least T5 tokens: auto, 154, 256, 512")
+    add("--no-prompt-cache", action="store_true", help="encode again, and keep nothing on disk")
     add = command.add_argument_group("machine").add_argument
     add("--dtype", default="auto", help="auto, bf16, fp16, fp32")
     add("--device", default="auto", help="auto, cuda, mps, cpu")
@@ -175,6 +176,7 @@ def run_generate(options: argparse.Namespace) -> int:
     from .generate import generate
     from .pictures import save_png
     from .settings import Settings
+    from .speed.prompts import users_cache
 
     encoders = [name for name in ("clip_l", "clip_g", "t5") if not getattr(options, f"no_{name}")]
     settings = Settings(
@@ -207,7 +209,8 @@ def run_generate(options: argparse.Namespace) -> int:
         device=options.device,
     )
     outputs = output_files(options.output, options.batch)
-    result = generate(chosen_files(options), settings, progress())
+    known = None if options.no_prompt_cache else users_cache()
+    result = generate(chosen_files(options), settings, progress(), known)
     outputs = [
         save_png(pixels, path, result.record | {"index": index})
         for index, (pixels, path) in enumerate(zip(result.pixels, outputs, strict=True))

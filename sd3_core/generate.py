@@ -6,9 +6,10 @@ begins: text encoders, then MMDiT, then VAE.
 """
 
 import hashlib
+import json
 import platform
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -39,6 +40,7 @@ from .text.vocabularies import find_tokenizers, pack_tokenizers
 FORMAT = 1  # of the record in a PNG; another number says that older programs cannot read it
 
 Network = TypeVar("Network", bound=nn.Module)
+KnownPrompts = MutableMapping[str, Conditioning]  # by a hash; see TextEncoders
 
 
 @dataclass(frozen=True)
@@ -49,10 +51,16 @@ class Result:
     notes: tuple[str, ...]  # what a user may not expect, in sentences
 
 
-def generate(files: Files, settings: Settings, on_step: OnStep | None = None) -> Result:
+def generate(
+    files: Files,
+    settings: Settings,
+    on_step: OnStep | None = None,
+    known: KnownPrompts | None = None,
+) -> Result:
     """Draw a batch of pictures.
 
-    on_step is called after each sampling step; what it raises stops the run.
+    on_step is called after each sampling step; what it raises stops the run.  known: prompts
+    encoded before, to look up and add to; see speed/prompts.py.
     Raises CheckpointError for files and ValueError for settings, both before any weight is read,
     and NumericalError when a stage overflows.
     """
@@ -60,7 +68,7 @@ def generate(files: Files, settings: Settings, on_step: OnStep | None = None) ->
         warnings.simplefilter("always", UserWarning)
         plan = make_plan(files, settings)
         record = make_record(files, plan)
-        positive, negative = encode_prompts(files, plan)
+        positive, negative = encode_prompts(files, plan, known)
         start = start_latents(plan)
         x0 = sample(plan, positive, negative, start, on_step)
         pixels = keep_masked(to_uint8(decode(plan, x0)), plan)
@@ -72,10 +80,12 @@ def generate(files: Files, settings: Settings, on_step: OnStep | None = None) ->
     return Result(pixels, record, positive.tokens, tuple(notes))
 
 
-def encode_prompts(files: Files, plan: Plan) -> tuple[EncodedPrompt, EncodedPrompt]:
+def encode_prompts(
+    files: Files, plan: Plan, known: KnownPrompts | None = None
+) -> tuple[EncodedPrompt, EncodedPrompt]:
     """The prompt and the negative prompt; the encoders are gone when this returns."""
     wanted = plan.settings
-    encoders = text_encoders(files, plan)
+    encoders = text_encoders(files, plan, known)
     positive = encoders.encode(
         wanted.prompt,
         prompt_clip_g=wanted.prompt_clip_g,
@@ -87,8 +97,9 @@ def encode_prompts(files: Files, plan: Plan) -> tuple[EncodedPrompt, EncodedProm
     return positive, negative
 
 
-def text_encoders(files: Files, plan: Plan) -> TextEncoders:
+def text_encoders(files: Files, plan: Plan, known: KnownPrompts | None = None) -> TextEncoders:
     """The encoders there are, each read from disk when it is first needed."""
+    changed = any(kind in lora.parts for lora, _ in plan.loras for kind in ENCODERS)
     parts = plan.parts
     folder = files.checkpoint if files.checkpoint and files.checkpoint.is_dir() else None
     tokenizers = find_tokenizers(
@@ -118,7 +129,16 @@ def text_encoders(files: Files, plan: Plan) -> TextEncoders:
         clip_g=clip("clip_g"),
         t5=t5 if "t5" in parts else None,
         window=plan.clip_window,
+        known=None if changed else known,
+        identity="" if changed or known is None else encoder_identity(plan),
     )
+
+
+def encoder_identity(plan: Plan) -> str:
+    """What decides, beside the tokens, what the text encoders make of them."""
+    files = {kind: fingerprint(plan.parts[kind].file) for kind in ENCODERS if kind in plan.parts}
+    dtypes = [dtype_name(plan.dtype), dtype_name(plan.wide_dtype)]
+    return json.dumps([files, dtypes, plan.device.type])
 
 
 def with_loras(network: Network, kind: str, plan: Plan) -> Network:

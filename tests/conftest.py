@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 PACK = Path(__file__).parent.parent
 GOLDEN = PACK / "tests" / "golden"
+
+os.environ["SD3_WORKBENCH_PROMPT_CACHE"] = "off"  # no test reads or fills the user's own
 
 # `nodes` and `tests` are ComfyUI's own top-level names: the pack's folder never stays on the path.
 sys.path[:] = [entry for entry in sys.path if Path(entry or ".").resolve() != PACK]

@@ -22,8 +22,8 @@ from ..conditioning import Conditioning
 from ..models.mmdit import MMDiT, timestep_embedding
 
 EMBEDDERS = ("t_embedder.", "y_embedder.")
-AT_ONCE = 64  # timesteps computed together: 0.3 GB of SD3.5 Large's rows for two prompts
-MOST_ROWS = 256  # kept
+AT_ONCE = 64  # timesteps computed together; for two prompts SD3.5 Large's rows take 0.6 GB
+MOST_ROWS = 128  # kept when more are computed
 
 Call = Callable[[nn.Module, Tensor], Tensor]  # (layer, its input) -> its output
 Row = tuple[float, int]  # timestep, number of the prompt

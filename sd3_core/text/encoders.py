@@ -6,8 +6,10 @@ vectors of CLIP-L and CLIP-G one after the other.  An encoder that is off or mis
 in its place: so the MMDiT met it in training, where each encoder was dropped now and then.
 """
 
+import hashlib
+import json
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -74,6 +76,9 @@ class TextEncoders:
     A function is called when its encoder is first needed, and its network kept.
     context_dim, pooled_dim: the widths that the MMDiT takes.  window: CLIP's tokens per pass, for
     the time when no CLIP network is there to tell.
+    known: prompts encoded before, by a hash of all that decides what becomes of them; identity:
+    what the hash should know of the networks.  A known prompt needs no network; `window` must then
+    be right.
     Raises CheckpointError when a tokenizer is missing, or when a network does not fit its
     tokenizer, the widths or the other networks.
     """
@@ -88,7 +93,10 @@ class TextEncoders:
         clip_g: CLIPTextModel | Callable[[], CLIPTextModel] | None = None,
         t5: T5Encoder | Callable[[], T5Encoder] | None = None,
         window: int = 77,
+        known: MutableMapping[str, Conditioning] | None = None,
+        identity: str = "",
     ):
+        self.known, self.identity = known, identity
         self.context_dim = context_dim
         self.pooled_dim = pooled_dim
         self.window = window
@@ -122,7 +130,7 @@ class TextEncoders:
         NumericalError when an encoder gives NaN or infinity.
         """
         on = self._on(use)
-        for name in on:
+        for name in on if self.known is None else ():
             self._network(name)
         least = least_length(t5_length, self.window)
         prompts = {
@@ -132,13 +140,9 @@ class TextEncoders:
         }
         rows = {name: self._rows(name, prompts[name], least) for name in on}
         windows = max((len(rows[name].texts) for name in on if name != "t5"), default=1)
-        states = {
-            name: self._run(name, rows[name] if name == "t5" else rows[name].with_windows(windows))
-            for name in on
-        }
         t5_rows = rows["t5"].length if "t5" in rows else least
         return EncodedPrompt(
-            conditioning=self._assemble(states, windows * self.window, t5_rows),
+            conditioning=self._recalled(rows, windows, t5_rows),
             tokens={
                 **{name: rows[name].real if name in rows else 0 for name in ENCODERS},
                 "clip_windows": windows,
@@ -176,6 +180,27 @@ class TextEncoders:
         if name != "t5":
             self.window = _common_window(networks)
         self.networks = networks
+
+    def _recalled(self, rows: Mapping[str, Rows], windows: int, t5_rows: int) -> Conditioning:
+        """What the rows become, looked up or computed."""
+        key = self._hash(rows, windows, t5_rows)
+        recalled = None if self.known is None else self.known.get(key)
+        if recalled is not None:
+            return recalled
+        states = {
+            name: self._run(name, read if name == "t5" else read.with_windows(windows))
+            for name, read in rows.items()
+        }
+        conditioning = self._assemble(states, windows * self.window, t5_rows)
+        if self.known is not None:
+            self.known[key] = conditioning
+        return conditioning
+
+    def _hash(self, rows: Mapping[str, Rows], windows: int, t5_rows: int) -> str:
+        """Of the tokens and weights of each encoder that is on, and of the encoders."""
+        read = {name: [(row.ids, row.weights) for row in rows[name].texts] for name in rows}
+        sizes = (self.context_dim, self.pooled_dim, self.window, windows, t5_rows)
+        return hashlib.sha256(json.dumps([self.identity, sizes, read]).encode()).hexdigest()
 
     def _rows(self, name: str, prompt: str, least: int) -> Rows:
         pieces = parse_prompt(prompt)

@@ -232,3 +232,69 @@ def test_another_models_clip_is_refused():
 
     with pytest.raises(NodeError, match=r"^SD3:wrong_encoders: this CLIP is a Linear"):
         SD3EncodePrompt.execute(Other(), "a", "")
+
+
+# The prompt cache
+
+
+@pytest.fixture
+def encodings(monkeypatch, tmp_path):
+    """How often a network encoded, with a cache in an empty folder."""
+    from sd3_pack.nodes import text
+
+    monkeypatch.setenv("SD3_WORKBENCH_PROMPT_CACHE", str(tmp_path / "prompts"))
+    calls = []
+    encode = text.encode
+
+    def counted(clip, words, use):
+        calls.append(use)
+        return encode(clip, words, use)
+
+    monkeypatch.setattr(text, "encode", counted)
+    return calls
+
+
+def test_a_known_prompt_reads_no_encoder(tiny_three, encodings):
+    first = SD3EncodePrompt.execute(tiny_three[1], PROMPT, "square")
+    again = SD3EncodePrompt.execute(tiny_three[1], PROMPT, "square")
+    assert len(encodings) == 2
+    for one, other in zip(first.args, again.args, strict=True):
+        assert torch.equal(one[0][0], other[0][0])
+        assert one[0][1].keys() == other[0][1].keys() == {"pooled_output"}
+        assert torch.equal(one[0][1]["pooled_output"], other[0][1]["pooled_output"])
+    (report,) = again.ui["sd3_report"]
+    assert report["positive"]["known"]
+    (report,) = first.ui["sd3_report"]
+    assert not report["positive"]["known"]
+
+
+@pytest.mark.parametrize(
+    "change", [("a dog", "square"), (PROMPT, "square", "dog"), (PROMPT, "square", "", "", False)]
+)
+def test_another_prompt_or_encoder_is_encoded(tiny_three, encodings, change):
+    SD3EncodePrompt.execute(tiny_three[1], PROMPT, "square")
+    encodings.clear()
+    SD3EncodePrompt.execute(tiny_three[1], *change)
+    assert encodings
+
+
+def test_a_changed_clip_is_neither_looked_up_nor_kept(our_clip, models, encodings):
+    name = "clip_l.transformer.text_model.encoder.layers.0.mlp.fc1.weight"
+    weight = our_clip.cond_stage_model.state_dict()[name]
+    patched, skipped = our_clip.clone(), our_clip.clone()
+    patched.add_patches({name: ("diff", (torch.ones_like(weight),))}, 1.0)
+    skipped.clip_layer(-1)
+    SD3EncodePrompt.execute(our_clip, PROMPT, "square")
+    for clip in (patched, skipped):
+        encodings.clear()
+        SD3EncodePrompt.execute(clip, PROMPT, "square")
+        SD3EncodePrompt.execute(clip, PROMPT, "square")
+        assert len(encodings) == 4
+
+
+def test_a_prompt_with_an_embedding_is_not_kept(our_clip, models, encodings):
+    vector = torch.randn(1, our_clip.cond_stage_model.clip_l.transformer.config.hidden_size)
+    comfy.utils.save_torch_file({"clip_l": vector}, str(models / "embeddings" / "kept.safetensors"))
+    for _ in range(2):
+        SD3EncodePrompt.execute(our_clip, "a embedding:kept circle", "square")
+    assert len(encodings) == 3
