@@ -325,6 +325,8 @@ def print_from_kohya(path: Path) -> int:
     print(translated.toml())
     for line in translated.ignored:
         print(f"not used: {line}", file=sys.stderr)
+    for line in translated.defaults:
+        print(f"by default there: {line}", file=sys.stderr)
     return 0
 
 

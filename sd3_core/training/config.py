@@ -3,6 +3,7 @@
 import difflib
 import json
 import math
+import re
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
@@ -16,6 +17,10 @@ from .folders import Source
 
 OPTIMIZERS = ("adamw", "adafactor", "adamw_8bit", "prodigy")
 LR_SCHEDULES = ("constant", "cosine")
+TEXT_ENCODERS_STAY = "text encoders are not trained here: a LoRA changes the MMDiT alone"
+_OF_TEXT_ENCODERS = re.compile(
+    r"text_?encoder|(^|_)(te\d?|clip(_[lg])?|t5(xxl)?)_(lr|lora|rank)|train_(te|clip|t5)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,6 +154,8 @@ class TrainConfig(LoopConfig):
         _choice(self, "loss_space", ("velocity", "x0", "eps"))
         _choice(self, "dialect", ("comfy", "kohya", "diffusers"))
         _choice(self, "save_dtype", ("fp32", "fp16", "bf16"))
+        if set(self.lora_kinds) & {*ENCODERS, "te", "text_encoder"}:
+            raise ValueError(f"lora_kinds is {self.lora_kinds!r}; {TEXT_ENCODERS_STAY}.")
         for name, known in (("use", ENCODERS), ("lora_kinds", KINDS), ("lora_streams", STREAMS)):
             given = getattr(self, name)
             _check(self, name, set(given) <= set(known), f"some of {', '.join(known)}")
@@ -246,6 +253,8 @@ def make_config(table: Mapping[str, Any]) -> TrainConfig:
     hints = get_type_hints(TrainConfig)
     for name in table:
         if name not in hints:
+            if _OF_TEXT_ENCODERS.search(name):
+                raise ValueError(f"there is no setting {name!r}: {TEXT_ENCODERS_STAY}.")
             close = difflib.get_close_matches(name, hints, 1)
             guess = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(f"there is no setting {name!r}.{guess}")

@@ -8,27 +8,26 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import TrainConfig, make_config, read_settings
+from .config import TEXT_ENCODERS_STAY, TrainConfig, make_config, read_settings
 
 # What is always so here, or belongs to a way of working that there is not: no word about these.
 ALWAYS_SO = frozenset(
     (
-        *("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "enable_bucket"),
-        *("cache_text_encoder_outputs_to_disk", "network_train_unet_only", "save_model_as"),
-        *(
-            "sdpa",
-            "xformers",
-            "mem_eff_attn",
-            "highvram",
-            "lowvram",
-            "save_state",
-            "prior_loss_weight",
-        ),
-        *("max_data_loader_n_workers", "persistent_data_loader_workers", "vae_batch_size"),
-        *("skip_cache_check", "network_module", "logging_dir", "log_with", "log_prefix"),
-        *("caption_extension", "console_log_level", "save_state_on_train_end", "metadata_title"),
+        *("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "save_state"),
+        *("cache_text_encoder_outputs_to_disk", "save_state_on_train_end", "skip_cache_check"),
+        *("sdpa", "xformers", "mem_eff_attn", "highvram", "lowvram", "vae_batch_size"),
+        *("max_data_loader_n_workers", "persistent_data_loader_workers", "prior_loss_weight"),
+        *("logging_dir", "log_with", "log_prefix", "console_log_level", "metadata_title"),
     )
 )
+# As ALWAYS_SO, but at these values only.
+EXPECTED = {
+    "network_module": ("networks.lora_sd3",),
+    "network_train_unet_only": (True,),
+    "enable_bucket": (True,),
+    "caption_extension": (".txt", ".caption"),
+    "save_model_as": ("safetensors",),
+}
 RENAMED = {
     "max_train_steps": "steps",
     "train_batch_size": "batch_size",
@@ -76,6 +75,16 @@ CHOICES = {
 }
 NOT_USED = {
     "max_train_epochs": "give steps; `train` tells how many epochs they are",
+    "save_every_n_epochs": "give export_every, in steps",
+    "sample_every_n_epochs": "give sample_every, in steps",
+    "network_train_unet_only": TEXT_ENCODERS_STAY,
+    "text_encoder_lr": TEXT_ENCODERS_STAY,
+    "network_module": "a LoRA on attention, MLP and adaLN is taught",
+    "enable_bucket": "every picture goes to a bucket of its aspect; widest = 1 makes all square",
+    "caption_extension": "captions are read from .txt and .caption files",
+    "save_model_as": "files are safetensors",
+    "class_tokens": "write captions, or name the folder as in 10_cat",
+    "fp8_base": "give an fp8 file of the model; it is kept as it is stored",
     "blocks_to_swap": "blocks stay on the device; gradient_checkpointing saves most",
     "flip_aug": "pictures are never mirrored",
     "mixed_precision": "fp16 overflows in training",
@@ -84,12 +93,28 @@ NOT_USED = {
 }
 
 
+# What sd-scripts does when nothing is said, and we do not: our setting, and the value it has there.
+DEFAULTS_THERE = {
+    "rank": 4,
+    "warmup": 0,
+    "t5_length": 256,
+    "caption_dropout": 0.0,
+    "density": "uniform",
+    "shift": 1.0,
+    "loss_space": "x0",
+}
+
+
+_OF_A_SOURCE = ("subsets", "image_dir", "num_repeats")
+
+
 @dataclass(frozen=True)
 class Translated:
-    """Our settings, as TOML or JSON hold them, and a line for each setting that is not used."""
+    """Our settings, as TOML or JSON hold them."""
 
     settings: dict[str, Any]
-    ignored: tuple[str, ...]
+    ignored: tuple[str, ...]  # a line for each setting that is not used
+    defaults: tuple[str, ...]  # settings of ours that would be other ones if nothing is said there
 
     def config(self) -> TrainConfig:
         return make_config(self.settings)
@@ -102,8 +127,8 @@ def translate(path: Path) -> Translated:
     """What a sd-scripts configuration asks for; its dataset_config is read too, if it is there.
 
     Names that are not given keep our defaults, but for alpha, whose default there is 1, and for the
-    layers, of which there adaLN is one kind.  Raises ValueError for a file that cannot be read and
-    for values that make no sense.
+    layers, of which there adaLN is one kind; where they differ in more, that is told.  Raises
+    ValueError for a file that cannot be read and for values that make no sense.
     """
     table = _flat(read_settings(path))
     translation = Translation(path)
@@ -114,7 +139,12 @@ def translate(path: Path) -> Translated:
         else:
             translation.ignored.append(f"dataset_config = {name}: there is no such file")
     translation.read(table)
-    translated = Translated(translation.settings, tuple(translation.ignored))
+    defaults = tuple(
+        f"{name} = {_toml(value)}"
+        for name, value in DEFAULTS_THERE.items()
+        if name not in translation.settings
+    )
+    translated = Translated(translation.settings, tuple(translation.ignored), defaults)
     translated.config()
     return translated
 
@@ -148,30 +178,33 @@ class Translation:
         }
 
     def read(self, table: dict[str, Any]) -> None:
-        first = {"max_train_steps": table["max_train_steps"]} if "max_train_steps" in table else {}
-        table = {**first, **table}  # the warm-up may be a part of it
+        order = {
+            "max_train_steps": 0,
+            "datasets": 2,
+        }  # a warm-up may be a part; a dataset's own win
+        table = dict(sorted(table.items(), key=lambda entry: order.get(entry[0], 1)))
         self._density(table)
         self._encoder_dropout(table)
         for name, value in table.items():
-            if name in ALWAYS_SO or value is None:
-                continue
-            if not self._take(name, value):
-                reason = NOT_USED.get(name)
-                self.ignored.append(f"{name} = {value}" + (f": {reason}" if reason else ""))
+            self._use(name, value)
         if "sample_every" in self.settings and "sample_prompts" not in self.settings:
             del self.settings["sample_every"]
             self.ignored.append("sample_every_n_steps: there are no sample_prompts")
         self.settings.setdefault("lora_alpha", 1.0)
         self.settings.setdefault("lora_kinds", ["attn", "attn2", "mlp", "adaLN"])
-        self._tell_other_defaults()
 
-    def _tell_other_defaults(self) -> None:
-        """What sd-scripts does when nothing is said, and we do not."""
-        if "density" not in self.settings:
-            self.ignored.append('the timesteps there are uniform: density = "uniform"')
-        if "shift" not in self.settings:
-            self.ignored.append("training_shift there is 1: shift = 1.0")
-        self.ignored.append('the loss there is that of x0: loss_space = "x0"')
+    def _use(self, name: str, value: Any) -> None:
+        """Translate a setting, or say why not."""
+        if name in ALWAYS_SO or value is None or value in EXPECTED.get(name, ()):
+            return
+        try:
+            taken = self._take(name, value)
+        except (TypeError, ValueError, AttributeError, IndexError):
+            raise ValueError(f"{name} is {value!r}; sd-scripts has no such value.") from None
+        off = name not in EXPECTED and value in (False, 0, "", [])
+        if not taken and not off:
+            reason = NOT_USED.get(name)
+            self.ignored.append(f"{name} = {value}" + (f": {reason}" if reason else ""))
 
     def _take(self, name: str, value: Any) -> bool:
         """Whether the setting has a place here."""
@@ -205,8 +238,8 @@ class Translation:
         sides = [int(side) for side in re.findall(r"\d+", str(value))]
         return self._put("resolution", math.isqrt(sides[0] * sides[-1]))
 
-    def _optimizer_arguments(self, values: list[str]) -> bool:
-        for argument in values:
+    def _optimizer_arguments(self, values: list[str] | str) -> bool:
+        for argument in [values] if isinstance(values, str) else values:
             name, _, text = argument.partition("=")
             if name == "weight_decay":
                 self._put("weight_decay", float(text))
@@ -218,8 +251,8 @@ class Translation:
                 self.ignored.append(f"optimizer_args: {argument}")
         return True
 
-    def _network_arguments(self, values: list[str]) -> bool:
-        for argument in values:
+    def _network_arguments(self, values: list[str] | str) -> bool:
+        for argument in [values] if isinstance(values, str) else values:
             name, _, text = argument.partition("=")
             if name == "train_block_indices" and re.fullmatch(r"[\d,\- ]+", text):
                 self._put("lora_blocks", block_indices(text))
@@ -237,20 +270,27 @@ class Translation:
 
     def _datasets(self, datasets: list[dict[str, Any]]) -> bool:
         data = []
-        for dataset in datasets:
-            for subset in dataset.pop("subsets", []):
-                source = {"path": subset.pop("image_dir", "")}
+        for number, dataset in enumerate(datasets, 1):
+            for subset in dataset.get("subsets", []):
+                source = {"path": subset.get("image_dir", "")}
                 if "num_repeats" in subset:
-                    source["repeats"] = subset.pop("num_repeats")
+                    source["repeats"] = subset["num_repeats"]
                 data.append(source)
-                self._rest(subset)
-            self._rest(dataset)
+            for table in (dataset, *dataset.get("subsets", [])):
+                own = {k: v for k, v in table.items() if k not in _OF_A_SOURCE}
+                self._own(own, f"dataset {number}" if number > 1 else "")
         return self._put("data", data)
 
-    def _rest(self, table: dict[str, Any]) -> None:
+    def _own(self, table: Mapping[str, Any], later: str) -> None:
+        """Settings of one dataset: here they are those of the run, so the first one's count."""
+        before = dict(self.settings)
         for name, value in table.items():
-            if name not in ALWAYS_SO and not self._take(name, value):
-                self.ignored.append(f"{name} = {value} (of a dataset)")
+            self._use(name, value)
+        if later:
+            for name, value in self.settings.items():
+                if name in before and before[name] != value:
+                    self.ignored.append(f"{later}: {name} = {_toml(value)}: a run has one")
+            self.settings.update(before)
 
     def _density(self, table: dict[str, Any]) -> None:
         """weighting_scheme says how times are drawn, or (sigma_sqrt, cosmap) weighs the loss."""

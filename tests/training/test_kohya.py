@@ -99,6 +99,44 @@ def test_a_dataset_file_beside_it_is_read_too(file):
     assert any("class_tokens" in line for line in translated.ignored)
 
 
+def test_a_datasets_own_settings_win_and_a_run_has_one_of_each(file):
+    second = DATASETS.replace("cats", "dogs").replace("resolution = 512", "resolution = 768")
+    (file.parent / "data.toml").write_text(DATASETS + second.replace("[general]", "[more]"))
+    file.write_text('dataset_config = "data.toml"\n' + GIVEN)
+    translated = translate(file)
+    assert translated.config().resolution == 512  # over the 1024,768 of all
+    assert translated.config().data == (Source(Path("cats"), 10), Source(Path("dogs"), 10))
+    assert "dataset 2: resolution = 768: a run has one" in translated.ignored
+
+
+def test_text_encoders_that_should_be_trained_are_told_and_usual_values_not(tmp_path):
+    path = tmp_path / "kohya.toml"
+    path.write_text(
+        "network_train_unet_only = false\ntext_encoder_lr = [1e-5]\n"
+        'enable_bucket = true\ncaption_extension = ".txt"\nnetwork_module = "lycoris.kohya"\n'
+        "shuffle_caption = false\nkeep_tokens = 0\n"
+    )
+    names = [line.partition(" = ")[0] for line in translate(path).ignored]
+    assert names == ["network_train_unet_only", "text_encoder_lr", "network_module"]
+
+
+def test_other_defaults_are_told_where_nothing_is_given(file, tmp_path):
+    bare = tmp_path / "bare.toml"
+    bare.write_text("max_train_steps = 100")
+    assert translate(bare).defaults == (
+        "rank = 4",
+        "warmup = 0",
+        "t5_length = 256",
+        "caption_dropout = 0.0",
+        'density = "uniform"',
+        "shift = 1.0",
+        'loss_space = "x0"',
+    )
+    assert translate(file).defaults == ("caption_dropout = 0.0", 'loss_space = "x0"')
+    told = make_config(translate(file).settings | read_toml("\n".join(translate(file).defaults)))
+    assert (told.caption_dropout, told.loss_space) == (0.0, "x0")
+
+
 def test_a_missing_dataset_file_is_listed(file):
     file.write_text('dataset_config = "data.toml"\n' + GIVEN)
     assert "there is no such file" in translate(file).ignored[0]
@@ -110,6 +148,10 @@ def test_a_missing_dataset_file_is_listed(file):
         ("max_train_steps = 0", "steps is 0"),
         ("network_dim = 'x'", "rank is 'x'"),
         ("a = [", "toml"),
+        ("lr_warmup_steps = 'some'", "lr_warmup_steps is 'some'; sd-scripts has no such value"),
+        ("min_timestep = [1]", r"min_timestep is \[1\]; sd-scripts has no"),
+        ("datasets = 3", "datasets is 3; sd-scripts has no"),
+        ("optimizer_args = 'weight_decay=x'", "optimizer_args is 'weight_decay=x'"),
     ],
 )
 def test_values_that_make_no_sense_are_one_sentence(tmp_path, line, message):
