@@ -10,34 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from build import with_recipe_weights
+from released_widths import RELEASED_WIDTHS, prefixed
 from safetensors.torch import save_file
-from sd3_pack.sd3_core.models.clip import CLIPConfig, CLIPTextModel
-from sd3_pack.sd3_core.models.mmdit import MMDiT, MMDiTConfig
-from sd3_pack.sd3_core.models.t5 import T5Config, T5Encoder
-from tiny import SINGLE_FILE_PREFIXES, tokenizer_tensors, write_tiny_checkpoint
-from tiny_tokenizers import clip_vocabulary, t5_vocabulary, write_tiny_tokenizers
+from tiny import tokenizer_tensors, write_tiny_checkpoint
+from tiny_tokenizers import write_tiny_tokenizers
 
 COMFYUI = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI").expanduser()
 HAS_COMFYUI = (COMFYUI / "comfy").is_dir()
 FOLDERS = ("diffusion_models", "checkpoints", "text_encoders", "vae", "loras", "embeddings")
-
-# As wide as the released models, so that ComfyUI's own classes load it; as deep as a test can wait.
-RELEASED_WIDTHS = {
-    "mmdit": (
-        MMDiT,
-        MMDiTConfig(depth=2, pos_embed_max_size=24, qk_norm=True, dual_attention_layers=(0,)),
-    ),
-    "clip_l": (
-        CLIPTextModel,
-        CLIPConfig(768, 3, 12, 64, len(clip_vocabulary()), 77, "quick_gelu", None),
-    ),
-    "clip_g": (
-        CLIPTextModel,
-        CLIPConfig(1280, 3, 20, 64, len(clip_vocabulary()), 77, "gelu", 1280),
-    ),
-    "t5": (T5Encoder, T5Config(4096, 64, 64, 2, 2, len(t5_vocabulary()), 32)),
-}
 
 
 def pytest_ignore_collect(collection_path: Path):
@@ -82,8 +62,7 @@ def models(tmp_path_factory):
     )
     tensors = tokenizer_tensors(base / "tokenizers")
     for kind, (network_class, config) in RELEASED_WIDTHS.items():
-        state = with_recipe_weights(network_class, config, seed=7).state_dict()
-        tensors |= {SINGLE_FILE_PREFIXES[kind] + name: value for name, value in state.items()}
+        tensors |= prefixed(kind, network_class, config)
     save_file(tensors, base / "checkpoints" / "wide.safetensors")
     folder_paths.filename_list_cache.clear()
     return base
