@@ -27,7 +27,7 @@ OLDEST_PYTHON = (3, 10)
 
 RUNTIME = ("torch==2.11.0",)
 TORCH_COMPANIONS = ("torchvision==0.26.0", "torchaudio==2.11.0")  # ComfyUI wants all three to match
-CHECKERS = ("pytest==9.2.0", "ruff==0.17.5", "basedpyright==1.40.2")
+CHECKERS = ("pytest==9.2.0", "ruff==0.17.5", "basedpyright==1.40.2", "playwright==1.65.2")
 ORACLES = (
     'diffusers==0.42.1; python_version >= "3.11"',
     'diffusers==0.41.0; python_version < "3.11"',  # the last release for Python 3.10

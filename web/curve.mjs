@@ -6,6 +6,7 @@ const SVG = "http://www.w3.org/2000/svg";
 const WIDTH = 100; // of the drawing's own units; the browser stretches them
 const HEIGHT = 100;
 const BORDER = 4;
+const MIN_HEIGHT = 104; // pixels
 const MOST_DOTS = 64;
 
 export function makeCurve() {
@@ -13,6 +14,7 @@ export function makeCurve() {
   const caption = element("div", "sd3-caption");
   const drawing = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none" });
   box.append(caption, drawing);
+  box.style.minHeight = `${MIN_HEIGHT}px`;
   let shown = null;
   const rest = () => shown && caption.replaceChildren(...summary(shown));
   drawing.addEventListener("pointermove", (event) => {
@@ -21,7 +23,7 @@ export function makeCurve() {
   drawing.addEventListener("pointerleave", rest);
   const view = {
     element: box,
-    minHeight: 124,
+    minHeight: MIN_HEIGHT,
     minWidth: 270,
     show(report) {
       shown = report;

@@ -2,7 +2,7 @@
 
 const TITLES = { mmdit: "MMDiT", vae: "VAE", clip_l: "CLIP-L", clip_g: "CLIP-G", t5: "T5" };
 const LINE = 16; // pixels
-const FRAME = 8;
+const FRAME = 8; // the stylesheet's padding
 // What is kept free before the first run, so that nodes do not grow into each other.
 const LINES = { SD3EmptyLatent: 1, SD3VAEDecode: 2, SD3VAEEncode: 2, SD3EncodePrompt: 4, SD3Sample: 5 };
 const USUAL_LINES = 3;
@@ -25,7 +25,7 @@ const WRITERS = {
   sampler: (sampler, { sigmas, shift }) => [
     ["sampler", `${sampler}, ${sigmas.length - 1} steps, shift ${shift}`],
   ],
-  shift: () => [],
+  shift: (shift, { sampler }) => (sampler ? [] : [["shift", shift]]),
   sigmas: () => [],
   latent: () => [],
   dtype: () => [],

@@ -13,6 +13,7 @@ import { followWidgets } from "./schedule.mjs";
 const REPORT = "sd3_report";
 const WIDGET = "sd3_report";
 const PACK_FOLDER = decodeURIComponent(new URL(".", import.meta.url).pathname.split("/").at(-2));
+const MARGIN = 10; // that ComfyUI leaves around a DOM widget
 const RUNS_LOOKED_AT = 16; // of /history, for the last run of the open workflow
 const NO_ID = "00000000-0000-0000-0000-000000000000"; // of every workflow that came in API form
 
@@ -56,7 +57,7 @@ function addReport(node) {
   const view = schedule ? makeCurve() : makePanel(node);
   const widget = node.addDOMWidget(WIDGET, "sd3_workbench_report", view.element, {
     serialize: false, // not part of the prompt
-    getMinHeight: () => view.minHeight,
+    getMinHeight: () => view.minHeight + 2 * MARGIN,
     getValue: () => undefined,
   });
   widget.serialize = false; // nor of the saved workflow
