@@ -6,11 +6,13 @@ from typing import Any
 from comfy_api.latest import ComfyExtension
 
 from . import routes
+from .datasets import SD3Preferences, SD3TrainingImages
 from .latents import SD3EmptyLatent, SD3VAEDecode, SD3VAEEncode
 from .loaders import SD3LoadCheckpoint, SD3LoadMMDiT, SD3LoadTextEncoders, SD3LoadVAE
 from .lora import SD3LoadLoRA
 from .sampling import SD3Sample, SD3ShiftSchedule
 from .text import SD3EncodePrompt
+from .training import SD3SaveLoRA, SD3TimestepDensity, SD3TrainDPO, SD3TrainLoRA
 
 NODES: list[Any] = [
     SD3LoadCheckpoint,
@@ -25,7 +27,15 @@ NODES: list[Any] = [
     SD3VAEDecode,
     SD3VAEEncode,
 ]
-TRAINING_NODES: list[Any] = []  # those that train or write files: left out where that is forbidden
+# Those that train or write files, and what serves them alone: left out where that is forbidden.
+TRAINING_NODES: list[Any] = [
+    SD3TrainingImages,
+    SD3Preferences,
+    SD3TimestepDensity,
+    SD3TrainLoRA,
+    SD3TrainDPO,
+    SD3SaveLoRA,
+]
 
 
 def training_allowed() -> bool:

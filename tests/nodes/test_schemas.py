@@ -12,12 +12,12 @@ import execution
 import pytest
 import torch
 from comfy_api.latest import io
-from sd3_pack.nodes import NODES, SD3Extension, training_allowed
+from sd3_pack.nodes import NODES, TRAINING_NODES, SD3Extension, training_allowed
 
 import nodes
 
 SNAPSHOT = Path(__file__).parent / "schemas.json"
-SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in NODES}
+SCHEMAS = {node.GET_SCHEMA().node_id: node.GET_SCHEMA() for node in [*NODES, *TRAINING_NODES]}
 
 
 @pytest.fixture(autouse=True)
@@ -89,10 +89,12 @@ def test_native_types_are_on_every_socket():
         getattr(io, name).io_type
         for name in ("Model", "Clip", "Vae", "Conditioning", "Latent", "Sigmas", "Image", "Mask")
     }
+    native |= {"LORA_MODEL", "LOSS_MAP"}  # nodes_train's, which io does not name
     widgets = {"INT", "FLOAT", "STRING", "BOOLEAN", "COMBO"}
+    ours = {"SD3_DATASET", "SD3_PREFERENCES", "SD3_TIMESTEP_DENSITY"}
     for schema in SCHEMAS.values():
         for socket in [*schema.inputs, *schema.outputs]:
-            assert socket.get_io_type() in native | widgets
+            assert socket.get_io_type() in native | widgets | ours
 
 
 def test_rare_inputs_are_folded_away():

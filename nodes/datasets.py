@@ -1,0 +1,330 @@
+"""What a LoRA is taught from: folders of pictures, pictures of the graph, preferences.
+
+A workflow is not trusted with the whole disk: folders lie in ComfyUI's input or output folder, or
+in one that is registered as `datasets`.
+"""
+
+import hashlib
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+import numpy as np
+from comfy_api.latest import io
+from PIL import Image
+from torch import Tensor
+
+from ..sd3_core.training.folders import Source, list_pictures
+from ..sd3_core.training.preferences import list_pairs
+from ..sd3_core.training.report import some_names
+from ._compat import advanced, schema
+from .comfy_text import tokenizer_files
+from .errors import NodeError, coded
+from .wires import CATEGORY, describe_file, origin_of, report
+
+DATASET, PREFERENCES = "SD3_DATASET", "SD3_PREFERENCES"
+SHOWN = 5  # captions in a report
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """SD3_DATASET and SD3_PREFERENCES: what to learn from, and the files that encode it.
+
+    It holds names only: pictures and captions are read, encoded and cached when a run begins.
+    """
+
+    source: Source
+    files: dict[str, Path]  # "vae", "clip_l", ...: the networks that encode it
+
+
+# Folders
+
+
+def data_roots() -> list[Path]:
+    registered = folder_paths.folder_names_and_paths.get("datasets", ([], set()))[0]
+    own = (folder_paths.get_input_directory(), folder_paths.get_output_directory())
+    return [Path(root).resolve() for root in (*own, *registered)]
+
+
+def find_data(name: str) -> Path:
+    """The folder (or .jsonl file) of this name below one of the roots.  Raises NodeError."""
+    wanted = name.strip().replace("\\", "/")
+    roots = data_roots()
+    if wanted:
+        for root in roots:
+            path = (root / wanted).resolve()  # an absolute name stays what it is
+            inside = path != root and any(root in path.parents for root in roots)
+            if inside and (path.is_dir() or (path.suffix == ".jsonl" and path.is_file())):
+                return path
+    places = ", ".join(str(root) for root in roots)
+    raise NodeError(
+        "missing_file",
+        f"folder is {name!r}; there is no such folder in {places}. Copy the pictures there, or "
+        "register their place as `datasets` in extra_model_paths.yaml.",
+    )
+
+
+def data_fingerprint(name: str) -> str:
+    """Changes when a file in the folder does."""
+    path = find_data(name)
+    files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
+    digest = hashlib.sha256(str(path).encode())
+    for file in files:
+        state = file.stat()
+        digest.update(repr((str(file), state.st_size, state.st_mtime_ns)).encode())
+    return digest.hexdigest()
+
+
+def folder_fault(name: str) -> bool | str:
+    """For validate_inputs."""
+    try:
+        find_data(name)
+    except NodeError as error:
+        return str(error)
+    return True
+
+
+# Files
+
+
+def encoder_files(clip: Any, vae: Any) -> dict[str, Path]:
+    """The files behind CLIP and VAE, which training reads by itself.
+
+    Raises NodeError for what our loaders did not make, and for a CLIP that a LoRA has changed.
+    """
+    files: dict[str, Path] = {}
+    given = {"CLIP": (clip, "SD3 Load Text Encoders"), "VAE": (vae, "SD3 Load VAE")}
+    for title, (owner, loader) in given.items():
+        if owner is None:
+            raise NodeError("missing_part", f"no {title} arrived: load one with {loader}.")
+        origin = origin_of(owner.patcher)
+        if not origin.paths:
+            raise NodeError(
+                "wrong_encoders",
+                f"this {title} comes from another loader, so its file is not known: training reads "
+                f"the file again. Load it with {loader} or SD3 Load Checkpoint.",
+            )
+        if owner.patcher.patches:
+            layers = some_names(sorted(map(str, owner.patcher.patches)))
+            raise NodeError(
+                "wrong_encoders",
+                f"this {title} is changed by a LoRA ({layers}), which training cannot carry: it "
+                f"would learn from other words. Connect the {title} as it was loaded.",
+            )
+        files |= origin.paths
+    return files
+
+
+def tokenizer_file(files: dict[str, Path]) -> Path | None:
+    """The file among these that brings its own tokenizers."""
+    return next((path for path in files.values() if tokenizer_files([path])), None)
+
+
+# Pictures from the graph
+
+
+def keep_pictures(images: Tensor, captions: Sequence[str]) -> Path:
+    """Write an IMAGE [B, H, W, 3] with its captions as a folder in ComfyUI's temporary folder.
+
+    8 bits, as SaveImage keeps them; the folder is named by its content.
+    """
+    levels = (images.detach().float().cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8)
+    digest = hashlib.sha256(levels.tobytes() + repr(list(captions)).encode()).hexdigest()[:16]
+    home = Path(folder_paths.get_temp_directory()) / "sd3_pictures"
+    folder = home / digest
+    if folder.exists():
+        return folder
+    home.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=home) as making:
+        place = Path(making) / digest
+        place.mkdir()
+        for number, (pixels, caption) in enumerate(zip(levels, captions, strict=True), 1):
+            Image.fromarray(pixels).save(place / f"{number:05}.png", compress_level=1)
+            (place / f"{number:05}.txt").write_text(caption, encoding="utf-8")
+        place.rename(folder)
+    return folder
+
+
+def caption_of_each(captions: str, count: int) -> list[str]:
+    """A line for each picture, or one line for all.  Raises NodeError."""
+    lines = [line.strip() for line in captions.splitlines() if line.strip()]
+    if len(lines) <= 1:
+        return (lines or [""]) * count
+    if len(lines) != count:
+        raise NodeError(
+            "bad_setting",
+            f"captions has {len(lines)} lines for {count} pictures; write a line for each, or one "
+            "line for all.",
+        )
+    return lines
+
+
+# Nodes
+
+
+def encoder_inputs() -> list[Any]:
+    return [
+        io.Clip.Input("clip", tooltip="The text encoders that read the captions; ours, plain."),
+        io.Vae.Input("vae", tooltip="The VAE that encodes the pictures; ours."),
+    ]
+
+
+class SD3TrainingImages(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            {
+                "node_id": "SD3TrainingImages",
+                "display_name": "SD3 Training Images",
+                "category": f"{CATEGORY}/training",
+                "description": "Pictures with captions, for SD3 Train LoRA: a folder with NAME.txt "
+                "beside NAME.png (or metadata.jsonl), or pictures of the graph.",
+                "search_aliases": ["dataset", "training data", "load images", "captions", "folder"],
+                "inputs": [
+                    *encoder_inputs(),
+                    io.String.Input(
+                        "folder",
+                        default="",
+                        tooltip="A folder in ComfyUI's input or output folder, with all folders in "
+                        "it. Empty: the pictures connected below.",
+                    ),
+                    io.Int.Input(
+                        "repeats",
+                        default=1,
+                        min=1,
+                        max=1000,
+                        tooltip="How often an epoch shows each picture.",
+                    ),
+                    *advanced(
+                        [
+                            io.Image.Input(
+                                "images",
+                                optional=True,
+                                tooltip="Pictures of the graph, instead of a folder.",
+                            ),
+                            io.String.Input(
+                                "captions",
+                                multiline=True,
+                                default="",
+                                optional=True,
+                                tooltip="For the pictures of the graph: a line for each, or one "
+                                "line for all.",
+                            ),
+                        ]
+                    ),
+                ],
+                "outputs": [
+                    io.Custom(DATASET).Output(display_name="dataset", tooltip="For SD3 Train LoRA.")
+                ],
+            }
+        )
+
+    @classmethod
+    def validate_inputs(cls, folder: str) -> bool | str:
+        return folder_fault(folder) if folder and folder.strip() else True
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **others: Any) -> str:
+        return data_fingerprint(folder) if folder and folder.strip() else ""
+
+    @classmethod
+    def execute(
+        cls,
+        clip: Any,
+        vae: Any,
+        folder: str,
+        repeats: int = 1,
+        images: Tensor | None = None,
+        captions: str = "",
+    ) -> io.NodeOutput:
+        files = encoder_files(clip, vae)
+        if bool(folder.strip()) == (images is not None):
+            raise NodeError(
+                "bad_setting",
+                "give either a folder or pictures of the graph: name a folder, or connect images "
+                "and leave folder empty.",
+            )
+        if images is None:
+            path = find_data(folder)
+        else:
+            path = keep_pictures(images, caption_of_each(captions, len(images)))
+        with coded("bad_setting"):
+            source = Source(path, repeats)
+            listing = list_pictures(source)
+        if not listing.found:
+            raise NodeError("missing_file", f"{path.name}: there is no picture in it.")
+        texts = [one.captions[0][0] if one.captions else "" for one in listing.found]
+        contents = {
+            "folder": path.name,
+            "pictures": len(listing.found),
+            "without_caption": sum(not text for text in texts),
+            "skipped": [f"{one.name}: {one.reason}" for one in listing.skipped[:SHOWN]],
+            "captions": list(dict.fromkeys(texts))[:SHOWN],
+            "files": {kind: describe_file(file) for kind, file in files.items()},
+        }
+        return io.NodeOutput(TrainingData(source, files), ui=report(contents))
+
+
+class SD3Preferences(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            {
+                "node_id": "SD3Preferences",
+                "display_name": "SD3 Preferences",
+                "category": f"{CATEGORY}/training",
+                "description": "Pairs of pictures of which one is preferred, for SD3 Train DPO: "
+                "chosen/ and rejected/ with NAME.txt beside either, or preferences.jsonl, as SD3 "
+                "Pick writes it.",
+                "search_aliases": ["dpo", "pairs", "pick-a-pic", "chosen rejected", "preference"],
+                "inputs": [
+                    *encoder_inputs(),
+                    io.String.Input(
+                        "folder",
+                        default="",
+                        tooltip="A folder (or .jsonl file) in ComfyUI's input or output folder; "
+                        "SD3 Pick writes to sd3/picks/NAME.",
+                    ),
+                ],
+                "outputs": [
+                    io.Custom(PREFERENCES).Output(
+                        display_name="preferences", tooltip="For SD3 Train DPO."
+                    )
+                ],
+            }
+        )
+
+    @classmethod
+    def validate_inputs(cls, folder: str) -> bool | str:
+        return folder_fault(folder) if folder is not None else True
+
+    @classmethod
+    def fingerprint_inputs(cls, folder: str, **others: Any) -> str:
+        return data_fingerprint(folder) if folder else ""
+
+    @classmethod
+    def execute(cls, clip: Any, vae: Any, folder: str) -> io.NodeOutput:
+        files = encoder_files(clip, vae)
+        path = find_data(folder)
+        with coded("bad_setting"):
+            listing = list_pairs(Source(path))
+        if not listing.pairs:
+            raise NodeError(
+                "missing_file",
+                f"{path.name}: holds no pairs ({listing.ties} ties). Expected chosen/ and "
+                "rejected/, or preferences.jsonl; SD3 Pick writes one.",
+            )
+        contents = {
+            "folder": path.name,
+            "pairs": len(listing.pairs),
+            "ties": listing.ties,
+            "skipped": [f"{one.name}: {one.reason}" for one in listing.skipped[:SHOWN]],
+            "captions": list(
+                dict.fromkeys(text for pair in listing.pairs for text in pair.captions[:1])
+            )[:SHOWN],
+            "files": {kind: describe_file(file) for kind, file in files.items()},
+        }
+        return io.NodeOutput(TrainingData(Source(path), files), ui=report(contents))

@@ -1,0 +1,399 @@
+"""The training nodes in process: runs, their outputs on ComfyUI's own nodes, what they refuse."""
+
+import json
+from pathlib import Path
+
+import comfy.model_management
+import pytest
+import torch
+from comfy_extras import nodes_train
+from safetensors.torch import load_file, save_file
+from sd3_pack.nodes import datasets, training
+from sd3_pack.nodes.datasets import SD3Preferences, SD3TrainingImages
+from sd3_pack.nodes.errors import NodeError
+from sd3_pack.nodes.lora import SD3LoadLoRA
+from sd3_pack.nodes.training import SD3SaveLoRA, SD3TimestepDensity, SD3TrainDPO, SD3TrainLoRA
+from sd3_pack.sd3_core.checkpoints.header import read_header
+from training_set import write_pictures
+
+import nodes
+
+QKV = "joint_blocks.0.x_block.attn.qkv"
+SETTINGS = {
+    "steps": 4,
+    "learning_rate": 1e-2,
+    "rank": 2,
+    "batch_size": 2,
+    "resolution": 64,
+    "seed": 0,
+    "warmup": 0,
+    "validate_every": 0,
+    "checkpoint_every": 2,
+    "sample_every": 0,
+    "sample_prompt": "",
+}
+MORE = 'bucket_step = 16\nsave_dtype = "fp32"\nsample_steps = 2'
+
+
+@pytest.fixture(autouse=True)
+def places(models, tmp_path, monkeypatch):
+    """ComfyUI's input, output and temporary folders of this test alone; pictures in input."""
+    import folder_paths
+
+    for name in ("input", "output", "temp"):
+        (tmp_path / name).mkdir()
+        monkeypatch.setattr(folder_paths, f"{name}_directory", str(tmp_path / name))
+    write_pictures(tmp_path / "input" / "pictures", 5)
+    return tmp_path
+
+
+@pytest.fixture
+def pictures(tiny_three):
+    return SD3TrainingImages.execute(tiny_three[1], tiny_three[2], "pictures").args[0]
+
+
+@pytest.fixture
+def preferences(tiny_three, places):
+    from PIL import Image
+
+    for side, colour in (("chosen", "red"), ("rejected", "blue")):
+        folder = places / "input" / "pairs" / side
+        folder.mkdir(parents=True)
+        for index in range(4):
+            Image.new("RGB", (64, 64), colour).point(lambda v, i=index: v // (i + 1)).save(
+                folder / f"{index}.png"
+            )
+            (folder / f"{index}.txt").write_text(f"a circle {index}")
+    return SD3Preferences.execute(tiny_three[1], tiny_three[2], "pairs").args[0]
+
+
+def train(model, data, node=SD3TrainLoRA, run_name="mine", more=MORE, **changes):
+    return node.execute(
+        model=model, dataset=data, run_name=run_name, more=more, **SETTINGS | changes
+    )
+
+
+def told(output):
+    return output.ui["sd3_report"][0]
+
+
+def weight(model, key=f"diffusion_model.{QKV}.weight"):
+    model.patch_weight_to_device(key)
+    patched = model.model.state_dict()[key].clone()
+    model.unpatch_model()
+    return patched
+
+
+# What comes out
+
+
+def test_a_run_gives_what_comfyuis_own_nodes_take(tiny_three, pictures, places):
+    model = tiny_three[0]
+    output = train(model, pictures)
+    trained, lora, loss, images = output.args
+    assert len(loss["loss"]) == 4
+    assert images.shape[1:] == (64, 64, 3)
+    assert len(images) == 2  # drawn before the first step and after the last
+    assert not model.patches  # the MODEL that came in is as it was
+    by_comfyui = nodes_train.LoraModelLoader.execute(model, lora, 1.0).args[0]
+    assert not torch.equal(weight(trained), weight(model))
+    assert torch.equal(weight(trained), weight(by_comfyui))
+    assert not any(tensor.is_inference() for tensor in lora.values())
+    nodes_train.LossGraphNode.execute(loss, "loss")
+    nodes_train.SaveLoRA.execute(lora, "loras/native", 4)
+    (native,) = (places / "output" / "loras").glob("native*.safetensors")
+    assert set(load_file(native)) == set(lora)
+    report = told(output)
+    assert report["steps"] == 4
+    assert report["run"] == "mine"
+    assert report["base_loras"] == []
+    assert "memory: about" in "\n".join(report["notes"])  # the plan
+    assert json.dumps(report)
+    assert len(output.ui["images"]) == 2  # the curve, the last sample
+
+
+def test_a_saved_lora_is_found_read_and_acts_as_the_run_s(tiny_three, pictures, places):
+    import folder_paths
+
+    trained, lora, *_ = train(tiny_three[0], pictures).args
+    loaded = {}
+    for dialect in ("comfy", "kohya", "diffusers"):
+        SD3SaveLoRA.execute(lora, f"loras/{dialect}", dialect, "fp32")
+        (path,) = (places / "output" / "loras").glob(f"{dialect}*.safetensors")
+        metadata = read_header(path).metadata
+        assert metadata["ss_network_dim"] == "2"
+        assert json.loads(metadata["sd3_workbench.training"])["run_name"] == "mine"
+        (Path(folder_paths.get_folder_paths("loras")[0]) / path.name).write_bytes(path.read_bytes())
+        folder_paths.filename_list_cache.clear()
+        ours = SD3LoadLoRA.execute(tiny_three[0], path.name, 1.0).args[0]
+        native = nodes.LoraLoaderModelOnly().load_lora_model_only(tiny_three[0], path.name, 1.0)[0]
+        assert torch.equal(weight(ours), weight(native))
+        loaded[dialect] = weight(ours)
+    for patched in loaded.values():
+        torch.testing.assert_close(patched, weight(trained), rtol=0, atol=1e-5)
+    assert not list((places / "output" / "loras").glob(".*"))
+
+
+def test_the_workflow_lies_in_the_file(tiny_three, pictures, places, monkeypatch):
+    from comfy.cli_args import args
+
+    lora = train(tiny_three[0], pictures).args[1]
+
+    class Hidden:
+        prompt = {"1": {"class_type": "SD3TrainLoRA", "inputs": {}}}
+        extra_pnginfo = {"workflow": {"nodes": []}}
+
+    class Node(SD3SaveLoRA):
+        hidden = Hidden
+
+    Node.execute(lora, "loras/graph", "comfy", "fp16")
+    monkeypatch.setattr(args, "disable_metadata", True)
+    Node.execute(lora, "loras/silent", "comfy", "fp16")
+    with_graph, silent = (
+        read_header(next((places / "output" / "loras").glob(f"{name}*"))).metadata
+        for name in ("graph", "silent")
+    )
+    assert json.loads(with_graph["workflow"]) == {"nodes": []}
+    assert json.loads(with_graph["prompt"]) == Hidden.prompt
+    assert "workflow" not in silent
+
+
+def test_dpo_begins_at_ln_2_and_says_what_it_measured(tiny_three, preferences, places):
+    output = train(tiny_three[0], preferences, SD3TrainDPO, steps=3, dpo_beta=20.0)
+    losses = output.args[2]["loss"]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-5)
+    assert losses[-1] != losses[0]
+    log = (places / "output" / "sd3" / "mine" / "log.jsonl").read_text().splitlines()
+    assert {"accuracy", "winner_gap", "loser_gap", "margin"} <= set(json.loads(log[-1]))
+    assert json.loads(output.args[1].metadata["sd3_workbench.dpo"])["beta"] == 20.0
+
+
+def test_pictures_of_the_graph_are_taught_as_those_of_a_folder(tiny_three):
+    images = torch.rand(3, 64, 64, 3)
+    clip, vae = tiny_three[1:]
+    execute = SD3TrainingImages.execute
+    output = execute(clip, vae, "", 1, images, "red\nblue\ngreen")
+    assert told(output)["captions"] == ["red", "blue", "green"]
+    again = execute(clip, vae, "", 1, images, "red\nblue\ngreen").args[0]
+    assert again.source == output.args[0].source
+    assert told(execute(clip, vae, "", 1, images, "one for all"))["captions"] == ["one for all"]
+    assert len(train(tiny_three[0], again, steps=1).args[2]["loss"]) == 1
+
+
+def test_the_density_decides_shift_and_window(tiny_three, pictures, places):
+    density = SD3TimestepDensity.execute("mode", 1.5, mode_scale=0.5, lowest_sigma=0.2)
+    report = told(density)
+    assert report["density"] == "mode(0.5)"
+    total = sum(report["pdf"]) / len(report["pdf"])
+    assert total == pytest.approx(1.0, abs=0.02)
+    assert max(p for s, p in zip(report["sigma"], report["pdf"], strict=True) if s < 0.199) == 0
+    train(tiny_three[0], pictures, density=density.args[0], steps=1)
+    config = json.loads((places / "output" / "sd3" / "mine" / "config.json").read_text())
+    assert config["identity"]["density"] == "mode(0.5)"
+    assert config["identity"]["shift"] == 1.5
+    assert config["identity"]["lowest_sigma"] == 0.2
+
+
+def test_without_a_density_the_shift_is_that_of_the_model(tiny_three, pictures, places):
+    from comfy_extras.nodes_model_advanced import ModelSamplingSD3
+
+    (model,) = ModelSamplingSD3().patch(tiny_three[0], 2.5)
+    train(model, pictures, steps=1)
+    config = json.loads((places / "output" / "sd3" / "mine" / "config.json").read_text())
+    assert config["identity"]["shift"] == 2.5
+
+
+# Going on
+
+
+def test_an_interrupted_run_is_saved_and_goes_on_as_if_unbroken(
+    tiny_three, pictures, places, monkeypatch
+):
+    whole = train(tiny_three[0], pictures, run_name="whole").args[2]["loss"]
+    stop = training.Listener.on_step
+
+    def interrupting(listener, progress):
+        if progress.step == 3:
+            comfy.model_management.interrupt_current_processing()
+        stop(listener, progress)
+
+    monkeypatch.setattr(training.Listener, "on_step", interrupting)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(tiny_three[0], pictures)
+    monkeypatch.setattr(training.Listener, "on_step", stop)
+    states = places / "output" / "sd3" / "mine" / "state"
+    assert "step-00000003.safetensors" in {path.name for path in states.iterdir()}
+    assert train(tiny_three[0], pictures).args[2]["loss"] == whole
+    # nothing is left to do: the same run queued again is returned as it is
+    again = train(tiny_three[0], pictures)
+    assert again.args[2]["loss"] == whole
+    assert "is finished; nothing was computed" in told(again)["notes"][-1]
+    extended = train(tiny_three[0], pictures, steps=6).args[2]["loss"]
+    assert extended[:4] == whole
+    assert len(extended) == 6
+
+
+def test_another_run_of_the_same_name_is_refused_with_what_differs(tiny_three, pictures):
+    train(tiny_three[0], pictures)
+    with pytest.raises(NodeError, match=r"SD3:run_refused: .*\n  rank: 2 -> 3"):
+        train(tiny_three[0], pictures, rank=3)
+
+
+def test_an_interruption_while_encoding_leaves_nothing_half_done(tiny_three, pictures, places):
+    comfy.model_management.interrupt_current_processing()
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(tiny_three[0], pictures)
+    assert train(tiny_three[0], pictures, steps=1).args[2]["loss"]
+
+
+# The base
+
+
+@pytest.fixture
+def styled(tiny_three, models):
+    """The MODEL with a LoRA by our loader."""
+    import folder_paths
+
+    generator = torch.Generator().manual_seed(0)
+    tensors = {
+        f"diffusion_model.{QKV}.lora_up.weight": torch.randn(384, 2, generator=generator),
+        f"diffusion_model.{QKV}.lora_down.weight": torch.randn(2, 128, generator=generator),
+    }
+    save_file(tensors, models / "loras" / "style.safetensors")
+    folder_paths.filename_list_cache.clear()
+    return SD3LoadLoRA.execute(tiny_three[0], "style.safetensors", 0.5).args[0]
+
+
+def test_a_lora_on_the_model_belongs_to_the_frozen_base(tiny_three, styled, pictures):
+    seen = {}
+    load = training.FrozenBase.load
+
+    def spying(base, part, place):
+        network = load(base, part, place)
+        seen["weight"] = network.get_submodule(QKV).weight.detach().clone()
+        return network
+
+    training.FrozenBase.load = spying
+    try:
+        output = train(styled, pictures)
+    finally:
+        training.FrozenBase.load = load
+    torch.testing.assert_close(seen["weight"].float(), weight(styled).float(), rtol=0, atol=1e-6)
+    assert told(output)["base_loras"] == ["style.safetensors x 0.5"]
+    trained, lora, *_ = output.args
+    assert len(trained.patches[f"diffusion_model.{QKV}.weight"]) == 2
+    changes = json.loads(lora.metadata["sd3_workbench.base_changes"])
+    assert changes[0] == "style.safetensors x 0.5"
+    with pytest.raises(NodeError, match="run_refused: .*"):
+        train(tiny_three[0], pictures, steps=6)
+
+
+def test_a_lora_of_another_loader_is_carried_and_counted(tiny_three, styled, pictures):
+    (model,) = nodes.LoraLoaderModelOnly().load_lora_model_only(
+        tiny_three[0], "style.safetensors", 0.5
+    )
+    output = train(model, pictures, steps=1)
+    assert told(output)["base_loras"] == ["a LoRA of 1 layers from another loader"]
+
+
+def test_what_a_run_cannot_carry_is_refused_by_name(tiny_three, pictures):
+    model = tiny_three[0].clone()
+    model.set_model_unet_function_wrapper(lambda apply, options: apply(**options))
+    with pytest.raises(NodeError, match="wrong_model: .*option model_function_wrapper"):
+        train(model, pictures)
+    model = tiny_three[0].clone()
+    model.set_model_patch_replace(lambda a, b: a, "dit", "double_block", 1)
+    with pytest.raises(NodeError, match=r"block patch dit \('double_block', 1\)"):
+        train(model, pictures)
+    model = tiny_three[0].clone()
+    model.add_object_patch("diffusion_model.final_layer", torch.nn.Identity())
+    with pytest.raises(NodeError, match="object patch diffusion_model.final_layer"):
+        train(model, pictures)
+
+
+def test_options_of_sampling_do_not_matter(tiny_three, pictures):
+    model = tiny_three[0].clone()
+    model.set_model_sampler_post_cfg_function(lambda args: args["denoised"])
+    assert train(model, pictures, steps=1).args[2]["loss"]
+
+
+def test_a_model_of_another_loader_is_refused(their_model, pictures):
+    with pytest.raises(NodeError, match="wrong_model: .*comes from another loader"):
+        train(their_model, pictures)
+
+
+def test_a_clip_with_a_lora_is_refused(tiny_three):
+    clip = tiny_three[1].clone()
+    key = next(iter(clip.patcher.model_state_dict()))
+    clip.patcher.patches[key] = [(1.0, ("diff", (torch.zeros(1),)), 1.0, None, None)]
+    with pytest.raises(NodeError, match="wrong_encoders: this CLIP is changed by a LoRA"):
+        SD3TrainingImages.execute(clip, tiny_three[2], "pictures")
+
+
+def test_memory_is_given_back(tiny_three, pictures):
+    import gc
+
+    comfy.model_management.unload_all_models()
+    before = len(comfy.model_management.current_loaded_models)
+    train(tiny_three[0], pictures, steps=1, run_name="one")
+    gc.collect()
+    comfy.model_management.cleanup_models()
+    assert len(comfy.model_management.current_loaded_models) == before
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"run_name": "../elsewhere"}, "run_name is '../elsewhere'"),
+        ({"more": 'data = "/etc"'}, "more names data"),
+        ({"more": "rank = 3"}, "more repeats rank"),
+        ({"more": "rnk = 3"}, "there is no setting 'rnk'. Did you mean rank"),
+        ({"more": "steps"}, "bad_setting"),
+        ({"learning_rate": 0.0}, "learning_rate is 0.0"),
+    ],
+)
+def test_bad_settings_are_one_sentence(tiny_three, pictures, changes, message):
+    with pytest.raises(NodeError, match=message):
+        train(tiny_three[0], pictures, **changes)
+
+
+@pytest.mark.parametrize(
+    "name", ["../output/../../x", "/etc", "..", ".", "missing", "pictures/../../..", "C:\\x", "~"]
+)
+def test_a_folder_elsewhere_is_refused(name):
+    with pytest.raises(NodeError, match="missing_file: folder is"):
+        datasets.find_data(name)
+    assert "missing_file" in str(SD3TrainingImages.validate_inputs(name))
+
+
+def test_a_link_out_of_the_folder_is_not_followed(places, tmp_path_factory):
+    outside = write_pictures(tmp_path_factory.mktemp("outside"), 1)
+    (places / "input" / "link").symlink_to(outside, target_is_directory=True)
+    with pytest.raises(NodeError, match="missing_file"):
+        datasets.find_data("link")
+
+
+def test_folder_or_pictures_not_both_and_not_neither(tiny_three):
+    clip, vae = tiny_three[1:]
+    for folder, images in (("", None), ("pictures", torch.rand(1, 64, 64, 3))):
+        with pytest.raises(NodeError, match="either a folder or pictures"):
+            SD3TrainingImages.execute(clip, vae, folder, 1, images)
+    with pytest.raises(NodeError, match="captions has 2 lines for 3 pictures"):
+        SD3TrainingImages.execute(clip, vae, "", 1, torch.rand(3, 64, 64, 3), "a\nb")
+
+
+def test_the_fingerprint_of_a_folder_follows_its_files(places):
+    first = SD3TrainingImages.fingerprint_inputs(folder="pictures", repeats=1)
+    assert SD3TrainingImages.fingerprint_inputs(folder="pictures", repeats=1) == first
+    (places / "input" / "pictures" / "0.txt").write_text("another caption")
+    assert SD3TrainingImages.fingerprint_inputs(folder="pictures", repeats=1) != first
+
+
+def test_a_lora_that_is_none_is_refused_and_leaves_no_file(places):
+    with pytest.raises(NodeError, match="wrong_lora"):
+        SD3SaveLoRA.execute({"a": torch.zeros(2)}, "loras/none", "comfy", "fp16")
+    folder = places / "output" / "loras"
+    assert not folder.exists() or not list(folder.iterdir())
