@@ -29,6 +29,7 @@ from ..sd3_core.models.cast import cast
 from ..sd3_core.models.mmdit import MMDiT, MMDiTConfig, Tokens
 from ..sd3_core.models.vae import VAE, VAEConfig
 from ..sd3_core.settings import model_preset
+from ..sd3_core.speed import stripes
 from ._compat import archive_dtypes, make_patcher, quantised_layers
 
 WEIGHT_DTYPES = {
@@ -277,7 +278,15 @@ class ComfyVAE(VAE):
         return super().encode(images).mean
 
     def decode(self, latents: Tensor, **ignored: Any) -> Tensor:
-        return super().decode(latents)
+        if not stripes.is_large(self.config, latents.shape, latents.dtype):
+            return super().decode(latents)
+        each = [stripes.decode_in_stripes(self.decoder, one[None], cast_norm) for one in latents]
+        return torch.cat(each)
+
+
+def cast_norm(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Weight and bias of one of ComfyUI's layers, wherever it keeps them."""
+    return comfy.ops.cast_bias_weight(norm, x)[:2]
 
 
 def vae_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -306,6 +315,13 @@ class SD3VAE(comfy.sd.VAE):
         self.latent_channels = config.latent_channels
         self.downscale_ratio = self.upscale_ratio = config.factor
         self.size = None
+        plainly = self.memory_used_decode
+
+        def memory_used(shape: Any, dtype: torch.dtype) -> int:
+            large = stripes.is_large(config, shape, dtype)
+            return stripes.memory_needed(config, shape, dtype) if large else plainly(shape, dtype)
+
+        self.memory_used_decode = memory_used
         operations = comfy.ops.pick_operations(self.vae_dtype, self.vae_dtype)
         with torch.device("meta"):
             network = ComfyVAE(config, TypedOps(operations, self.vae_dtype), vae_attention)

@@ -33,6 +33,7 @@ from .precision import check_finite, dtype_name, processor_name
 from .samplers import SAMPLERS, OnStep, Step
 from .schedule import Schedule, add_noise
 from .settings import Files, Plan, Settings, chosen_paths, make_plan
+from .speed import stripes
 from .speed.modulation import TabledMMDiT, is_seldom_used
 from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
 from .text.vocabularies import find_tokenizers, pack_tokenizers
@@ -249,7 +250,7 @@ def decode(plan: Plan, x0: Tensor) -> Tensor:
     """Latents in model space -> images [B, 3, H, W] in -1..1; one at a time, to save memory."""
     vae = load_vae(plan.parts["vae"], dtype=plan.wide_dtype, device=plan.device)
     latents = to_vae_space(x0).to(plan.wide_dtype)
-    images = torch.cat([vae.decode(latent[None]).float() for latent in latents])
+    images = torch.cat([stripes.decode(vae, latent[None]).float() for latent in latents])
     return check_finite(images, "the VAE's decoder", plan.wide_dtype)
 
 
