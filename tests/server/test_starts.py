@@ -22,3 +22,12 @@ def test_a_restart_draws_the_same_and_a_switch_leaves_training_out(tmp_path):
 
 def trains_or_writes(node) -> bool:
     return node["output_node"] or node["category"].startswith("SD3 Workbench/training")
+
+
+def test_nothing_is_written_outside_the_places_that_the_readme_names(server):
+    server.run(text_to_image(seed=202, prompt="one green star"))
+    home = server.folder / "home"
+    written = {path.relative_to(home) for path in home.rglob("*") if path.is_file()}
+    cache = home / ".cache" / "sd3-workbench" / "prompts"
+    assert any(cache.iterdir())
+    assert all((home / path).is_relative_to(cache) for path in written), written

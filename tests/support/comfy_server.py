@@ -4,8 +4,8 @@
         entry = server.run(workflow)        # queue an API workflow, wait, its part of /history
 
 Everything the server reads or writes lies in `folder`: models, input, output, temp, user,
-custom_nodes, database.  The pack is linked in as `comfyui-sd3-workbench`; until its embedded model
-exists, one with generated weights stands in its place.
+custom_nodes, database, home.  The pack is linked in as `comfyui-sd3-workbench`; until its embedded
+model exists, one with generated weights stands in its place.
 """
 
 import asyncio
@@ -45,7 +45,7 @@ MODEL_FOLDERS = (
     "vae",
 )
 REPORT = "sd3_report"  # key of our nodes' JSON in /history
-START = 180  # seconds; about 25 on two idle cores
+START = 600  # seconds at most; about 20 on an idle core
 DONE = ("execution_success", "execution_error", "execution_interrupted")
 
 
@@ -336,7 +336,17 @@ def serve(
         *("--base-directory", str(folder), "--disable-api-nodes"),
         *("--database-url", f"sqlite:///{folder / 'user' / 'comfyui.db'}", *args),
     ]
-    variables = {"OMP_NUM_THREADS": "1", **os.environ, "HF_HUB_OFFLINE": "1", **(environment or {})}
+    home = folder / "home"
+    variables = {
+        "OMP_NUM_THREADS": "1",
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "COMFYUI_PATH": str(comfyui),
+        "HOME": str(home),
+        "XDG_CACHE_HOME": str(home / ".cache"),
+        "SD3_WORKBENCH_PROMPT_CACHE": "",  # the usual place, in this home
+        **(environment or {}),
+    }
     with log.open("ab") as output:
         process = subprocess.Popen(
             command,
