@@ -1,8 +1,9 @@
 """What ComfyUI reads of this pack besides its nodes, written from one source each.
 
 python authoring workflows     workflows/*.json and workflows/api/*.json
+python authoring thumbnails    workflows/*.jpg, by running the workflows that can run here
+python authoring pictures      web/docs/pictures/*.webp, in the browser, from a running ComfyUI
 python authoring pages         web/docs/*.md and locales/en/*.json
-python authoring thumbnails    workflows/*.jpg, by running the workflows (minutes)
 
 The nodes' ids, inputs and defaults come from their schemas, so ComfyUI has to be there
 (COMFYUI_PATH, else ~/comfy/ComfyUI).  Tests hold the committed files to what these commands write.

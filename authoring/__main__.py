@@ -1,4 +1,4 @@
-"""python authoring workflows | pages | thumbnails [NAME ...]: see __init__.py."""
+"""python authoring workflows thumbnails pictures pages: any of them; see __init__.py."""
 
 import argparse
 import importlib.util
@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 PACK = Path(__file__).parent.parent
+KINDS = ("workflows", "thumbnails", "pictures", "pages")  # pages show what pictures there are
 
 
 def start() -> None:
@@ -33,15 +34,27 @@ def start() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python authoring", description=__doc__)
-    parser.add_argument("what", choices=("workflows", "pages", "thumbnails"))
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of workflows, for thumbnails")
+    parser.add_argument("what", nargs="+", choices=KINDS)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="of workflows, for thumbnails")
+    parser.add_argument("--server", default="http://127.0.0.1:8188", help="for pictures")
     chosen = parser.parse_args()
     start()
     from sd3_pack.authoring.files import workflow_files, write
+    from sd3_pack.authoring.node_pictures import node_pictures
     from sd3_pack.authoring.node_shapes import node_shapes
+    from sd3_pack.authoring.pages import page_files
+    from sd3_pack.authoring.thumbnails import thumbnail_files
+    from sd3_pack.authoring.workflows import WORKFLOWS
 
-    if chosen.what == "workflows":
-        write(workflow_files(node_shapes()))
+    makers = {
+        "workflows": lambda: workflow_files(node_shapes()),
+        "thumbnails": lambda: thumbnail_files(chosen.only or list(WORKFLOWS), node_shapes()),
+        "pictures": lambda: node_pictures(chosen.server),
+        "pages": page_files,
+    }
+    for kind in KINDS:
+        if kind in chosen.what:
+            write(makers[kind]())
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ def workflow_files(shapes: Mapping[str, NodeShape]) -> dict[Path, str]:
     return files
 
 
-def write(files: Mapping[Path, str]) -> None:
-    for path, text in files.items():
+def write(files: Mapping[Path, str | bytes]) -> None:
+    for path, content in files.items():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8", newline="\n")
+        path.write_bytes(content.encode() if isinstance(content, str) else content)

@@ -3,7 +3,7 @@
 To add one: write a function here that takes a Graph and adds groups and nodes to it, let its
 docstring say what the workflow shows (it becomes the note beside the nodes, in Markdown), and put
 `@workflow("its-file-name")` above it.  Then run the command, open the file in ComfyUI, and make its
-thumbnail with `python authoring thumbnails its-file-name`.
+thumbnail with `python authoring thumbnails --only its-file-name`.
 
     @workflow("two-words")
     def two_words(graph: Graph) -> None:

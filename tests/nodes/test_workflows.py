@@ -179,6 +179,14 @@ def test_a_note_names_every_file_and_where_it_belongs(name):
             assert f"models/{model['directory']}/{model['name']}" in note
 
 
+@pytest.mark.parametrize("name", NAMES)
+def test_a_thumbnail_lies_beside_it(name):
+    """The template browser shows NAME.jpg.  To make it: python authoring thumbnails --only NAME."""
+    content = (FOLDER / f"{name}.jpg").read_bytes()
+    assert content.startswith(b"\xff\xd8\xff")
+    assert len(content) < 100_000
+
+
 # What ComfyUI's server says
 
 
