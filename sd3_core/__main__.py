@@ -1,4 +1,4 @@
-"""python -m sd3_core generate | verify | inspect | train | bench"""
+"""python -m sd3_core generate | verify | inspect | export | train | score | tiny | bench"""
 
 import argparse
 import re
@@ -6,12 +6,14 @@ import secrets
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .errors import NumericalError
 
 if TYPE_CHECKING:
+    from .settings import Files
     from .training.cache import Progress as CacheProgress
     from .training.loop import Progress
 
@@ -52,6 +54,8 @@ def parser() -> argparse.ArgumentParser:
     add_inspect(commands.add_parser("inspect", help="say what a model file is"))
     add_export(commands.add_parser("export", help="write networks as one file, as released"))
     add_train(commands.add_parser("train", help="teach a LoRA or a small model"))
+    add_score(commands.add_parser("score", help="count what a model of the small world gets right"))
+    add_tiny(commands.add_parser("tiny", help="make the embedded model again, stage by stage"))
     add_bench(commands.add_parser("bench", help="measure against other implementations"))
     return top
 
@@ -59,7 +63,11 @@ def parser() -> argparse.ArgumentParser:
 def add_files(command: argparse.ArgumentParser, loras: bool = True) -> None:
     group = command.add_argument_group("files", "a file named for one network wins")
     for flag, meaning in (
-        ("--checkpoint", "single file, or diffusers folder, with all or some of the networks"),
+        (
+            "--checkpoint",
+            "single file, or diffusers folder, with all or some of the networks; "
+            "default: the embedded model, which draws coloured shapes",
+        ),
         ("--mmdit", "the denoiser"),
         ("--vae", "the VAE"),
         ("--clip-l", "text encoder CLIP-L"),
@@ -158,6 +166,35 @@ def add_train(command: argparse.ArgumentParser) -> None:
     )
 
 
+def add_score(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_score)
+    add_files(command)
+    add = command.add_argument
+    add("--seeds", type=int, default=4, help="pictures of each prompt; default 4")
+    add("--prompts", type=int, metavar="N", help="only the first N prompts of each category")
+    add("--steps", type=int)
+    add("--cfg", type=float)
+    add("--shift", type=float)
+    add("--sampler", metavar="NAME")
+    add("--size", type=int, metavar="PIXELS", help="width and height; default: the model's own")
+    add("--no-clip-l", action="store_true", help="this encoder gives zeros")
+    add("--no-clip-g", action="store_true")
+    add("--no-t5", action="store_true")
+    add("--dtype", default="auto")
+    add("--device", default="auto")
+    add("--json", type=Path, metavar="FILE", help="write the counts")
+
+
+def add_tiny(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_tiny)
+    add = command.add_argument
+    add("stage", help="words, vae, decoder, clip, t5, shelves, flow-64, flow-128, pack, or all")
+    add("--budget", default="laptop", help="laptop (two hours of two cores) or gpu")
+    add("--output", type=Path, default=Path("output"), metavar="FOLDER")
+    add("--dtype", default="auto")
+    add("--device", default="auto")
+
+
 def add_bench(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_bench)
     add = command.add_argument
@@ -178,13 +215,12 @@ def run_generate(options: argparse.Namespace) -> int:
     from .settings import Settings
     from .speed.prompts import users_cache
 
-    encoders = [name for name in ("clip_l", "clip_g", "t5") if not getattr(options, f"no_{name}")]
     settings = Settings(
         prompt=options.prompt,
         negative=options.negative,
         prompt_clip_g=options.prompt_clip_g,
         prompt_t5=options.prompt_t5,
-        use=tuple(encoders),
+        use=chosen_encoders(options),
         t5_length=int(options.t5_length) if options.t5_length.isdecimal() else options.t5_length,
         width=options.width,
         height=options.height,
@@ -210,12 +246,13 @@ def run_generate(options: argparse.Namespace) -> int:
     )
     outputs = output_files(options.output, options.batch)
     known = None if options.no_prompt_cache else users_cache()
-    result = generate(chosen_files(options), settings, progress(), known)
+    files = drawing_files(options)
+    result = generate(files, settings, progress(), known)
     outputs = [
         save_png(pixels, path, result.record | {"index": index})
         for index, (pixels, path) in enumerate(zip(result.pixels, outputs, strict=True))
     ]
-    for note in result.notes:
+    for note in (*result.notes, *world_notes(files, settings.prompt)):
         print(f"note: {note}")
     print("tokens: " + ", ".join(f"{name} {count}" for name, count in result.tokens.items()))
     print(f"seed: {settings.seed}")
@@ -227,7 +264,7 @@ def run_generate(options: argparse.Namespace) -> int:
 def run_verify(options: argparse.Namespace) -> int:
     from .verify import verify
 
-    comparison = verify(options.picture, chosen_files(options), progress())
+    comparison = verify(options.picture, drawing_files(options), progress())
     print(comparison.sentence())
     return 0 if comparison.equal else 1
 
@@ -318,6 +355,70 @@ def run_train(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_score(options: argparse.Namespace) -> int:
+    from tqdm import tqdm
+
+    from .embedded.drawing import Painter
+    from .embedded.score import run_score as score
+    from .settings import Settings
+
+    settings = Settings(
+        prompt="",
+        use=chosen_encoders(options),
+        width=options.size,
+        height=options.size,
+        steps=options.steps,
+        cfg=options.cfg,
+        shift=options.shift,
+        sampler=options.sampler,
+        dtype=options.dtype,
+        device=options.device,
+    )
+    painter = Painter(drawing_files(options), settings)
+    with tqdm(unit="picture") as bar:
+
+        def on_batch(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        table = score(
+            painter,
+            seeds=options.seeds,
+            per_category=options.prompts,
+            output=options.json,
+            on_batch=on_batch,
+        )
+    print(table.text())
+    return 0
+
+
+def run_tiny(options: argparse.Namespace) -> int:
+    from .embedded.stages.make import BUDGETS, STAGES, Maker
+
+    if options.budget not in BUDGETS:
+        raise ValueError(f"budget is {options.budget!r}; choose {' or '.join(BUDGETS)}.")
+    stages = list(STAGES) if options.stage == "all" else [options.stage]
+    if not set(stages) <= set(STAGES):
+        raise ValueError(f"stage is {options.stage!r}; choose {', '.join(STAGES)} or all.")
+    bar = TrainingBar()
+    maker = Maker(
+        options.output,
+        BUDGETS[options.budget],
+        options.device,
+        options.dtype,
+        on_step=bar.on_step,
+        on_note=bar.on_note,
+    )
+    try:
+        for stage in stages:
+            path = STAGES[stage](maker)
+            bar.close()
+            print(path)
+    finally:
+        bar.close()
+    return 0
+
+
 def print_from_kohya(path: Path) -> int:
     from .training.kohya import translate
 
@@ -330,7 +431,7 @@ def print_from_kohya(path: Path) -> int:
     return 0
 
 
-def chosen_files(options: argparse.Namespace):
+def chosen_files(options: argparse.Namespace) -> "Files":
     from .settings import Files
 
     return Files(
@@ -343,6 +444,30 @@ def chosen_files(options: argparse.Namespace):
         tokenizers=options.tokenizers,
         loras=tuple(options.lora),
     )
+
+
+def drawing_files(options: argparse.Namespace) -> "Files":
+    """The files that were named; the embedded model where no network was."""
+    from .embedded.model import FILE
+    from .settings import FLAGS
+
+    files = chosen_files(options)
+    if files.checkpoint or any(getattr(files, kind) for kind in FLAGS):
+        return files
+    return replace(files, checkpoint=FILE)
+
+
+def world_notes(files: "Files", prompt: str) -> list[str]:
+    """What the embedded model has to say of a prompt."""
+    from .embedded.model import note
+    from .settings import find_networks
+
+    said = note(find_networks(files)["mmdit"].metadata, prompt)
+    return [said] if said else []
+
+
+def chosen_encoders(options: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(n for n in ("clip_l", "clip_g", "t5") if not getattr(options, f"no_{n}"))
 
 
 def output_files(asked: Path | None, batch: int) -> list[Path]:

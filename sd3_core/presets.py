@@ -45,6 +45,10 @@ PRESETS = {
     ),
     "sd3.5_large": Preset("SD3.5 Large", steps=28, cfg=4.5, sampler="dpmpp_2m"),
     "sd3.5_large_turbo": Preset("SD3.5 Large Turbo", steps=4, cfg=1.0, sampler="euler"),
+    # The embedded model; measured with `python -m sd3_core score`.
+    "sd3_tiny": Preset(
+        "SD3 Tiny", steps=20, cfg=3.0, sampler="euler", shift=2.0, native_pixels=128 * 128
+    ),
     "other": Preset("other MMDiT", steps=28, cfg=4.5, sampler="euler"),
 }
 
@@ -52,11 +56,15 @@ PRESETS = {
 def family(config: MMDiTConfig, hints: Iterable[str] = ()) -> str:
     """The key of PRESETS that a network most likely belongs to.
 
-    hints: file name, values of the file's metadata.  Large and Large Turbo have the same shapes, so
-    only these tell them apart.  A guess, good enough for defaults.
+    hints: file name, values of the file's metadata.  Large and Large Turbo have the same shapes,
+    and the embedded model those of any small one, so only these tell them apart.  A guess, good
+    enough for defaults.
     """
+    lowered = [hint.lower() for hint in hints]
+    if any("sd3-tiny" in hint for hint in lowered):
+        return "sd3_tiny"
     if config.depth == 38 and config.qk_norm:
-        turbo = any("turbo" in hint.lower() for hint in hints)
+        turbo = any("turbo" in hint for hint in lowered)
         return "sd3.5_large_turbo" if turbo else "sd3.5_large"
     if config.depth == 24 and config.qk_norm and config.dual_attention_layers:
         return "sd3.5_medium"

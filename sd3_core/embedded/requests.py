@@ -75,6 +75,11 @@ def unknown_words(prompt: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(token.words for token in _tokens(prompt) if token.kind == "unknown"))
 
 
+def known_words() -> tuple[str, ...]:
+    """Every phrase that a prompt may use, in alphabetical order."""
+    return tuple(sorted(_VOCABULARY))
+
+
 def advice(prompt: str) -> str | None:
     """One line for a prompt that leaves the world: what in it does so, and what there is."""
     try:

@@ -1,0 +1,276 @@
+"""The embedded model, stage by stage: each one a named, resumable run of the trainer.
+
+    words     the tokenizers' files
+    vae       the autoencoder
+    decoder   its decoder once more, behind the frozen encoder
+    clip, t5  the text encoders
+    shelves   pictures and captions, encoded once
+    flow-64   the MMDiT on small pictures
+    flow-128  the MMDiT on large ones
+    pack      all of it as one file
+
+Everything lies in <output>/sd3/tiny-*; a stage whose product is there does nothing.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ...checkpoints.header import fingerprint
+from ...checkpoints.load import load_clip, load_t5, load_vae
+from ...precision import pick_device, pick_dtype
+from ...text.vocabularies import Tokenizers, find_tokenizers
+from ...training.config import LoopConfig, plain_settings
+from ...training.loop import OnNote, OnStep, Task, fit, ignore, product_path
+from ...training.run import open_run
+from ..model import NAME
+from .flow import FlowStage, ShelfTask, load_mmdit_to_train, new_mmdit
+from .pack import pack
+from .samples import HELD, TRAINING, Size
+from .shelf import Encoders, Shelf, write_shelf
+from .text import CLIPStage, CLIPTask, T5Stage, T5Task
+from .vae import VAEStage, VAETask, fold_statistics, load_vae_to_train, new_vae
+
+# What a run may change between two starts.
+FREE = ("steps", "checkpoint_every", "keep", "validate_every", "sample_every", "export_every")
+HELD_PICTURES = 128  # of each size, for the validation loss
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Scenes that are put on a shelf, and how often a step takes that shelf."""
+
+    size: Size
+    scenes: range
+    share: float
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long each stage learns, and from how much."""
+
+    vae: VAEStage
+    decoder: VAEStage
+    clip: CLIPStage
+    t5: T5Stage
+    small: tuple[Numbers, ...]  # shelves of flow-64
+    flow_64: FlowStage
+    large: tuple[Numbers, ...]  # shelves of flow-128
+    flow_128: FlowStage
+
+
+def small_pictures(count: int) -> tuple[Numbers, ...]:
+    return (Numbers((64, 64), range(count), 1.0),)
+
+
+def large_pictures(count: int) -> tuple[Numbers, ...]:
+    """Mostly squares; an eighth of each of two other aspects."""
+    other = count // 8
+    return (
+        Numbers((128, 128), range(count), 0.8),
+        Numbers((128, 96), range(count, count + other), 0.1),
+        Numbers((96, 128), range(count + other, count + 2 * other), 0.1),
+    )
+
+
+BUDGETS = {
+    # About two hours of two cores.
+    "laptop": Budget(
+        vae=VAEStage(steps=4500, batch_size=8, learning_rate=1.5e-3),
+        decoder=VAEStage(steps=12_000, batch_size=8, learning_rate=1e-3, warmup=100),
+        clip=CLIPStage(steps=1500),
+        t5=T5Stage(steps=1000),
+        small=small_pictures(24_000),
+        flow_64=FlowStage(
+            steps=2000, batch_size=64, ema=0.998, encoder_dropout=0.0, lr_schedule="constant"
+        ),
+        large=large_pictures(48_000),
+        flow_128=FlowStage(steps=6000, batch_size=64, shift=2.0, caption_dropout=0.1),
+    ),
+    # About an hour of one large GPU, by the guide's estimates; not yet run.
+    "gpu": Budget(
+        vae=VAEStage(steps=40_000, batch_size=64),
+        decoder=VAEStage(steps=20_000, batch_size=64, learning_rate=1e-3),
+        clip=CLIPStage(steps=6000, batch_size=512),
+        t5=T5Stage(steps=6000, batch_size=512),
+        small=small_pictures(400_000),
+        flow_64=FlowStage(steps=14_000, batch_size=1024, ema=0.9995, encoder_dropout_from=0.2),
+        large=large_pictures(400_000),
+        flow_128=FlowStage(
+            steps=10_000, batch_size=512, ema=0.9995, shift=2.0, encoder_dropout_from=0.0
+        ),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Maker:
+    """The stages under one budget; each method runs one and returns its file.
+
+    Raises ValueError when a stage before it has not been run.
+    """
+
+    output: Path
+    budget: Budget
+    device: str = "auto"
+    dtype: str = "auto"  # of the products; what is trained stays float32
+    on_step: OnStep = ignore
+    on_note: OnNote = ignore
+
+    @property
+    def machine(self) -> tuple[torch.device, torch.dtype]:
+        place = pick_device(self.device)
+        return place, pick_dtype(self.dtype, place)
+
+    def words(self) -> Path:
+        from .words import write_tokenizers
+
+        folder = self.output / "sd3" / "tiny-words"
+        return folder if folder.exists() else write_tokenizers(folder)
+
+    def vae(self) -> Path:
+        config = self.budget.vae
+        return self._run("vae", lambda: VAETask(new_vae(config), config, *self.machine), config)
+
+    def folded(self) -> Path:
+        """The autoencoder with SD3's mean and variance; see vae.fold_statistics."""
+        trained = self.product("vae")
+        path = trained.with_stem(trained.stem + "-folded")
+        if not path.exists():
+            vae = load_vae_to_train(trained)
+            task = VAETask(vae, self.budget.vae, torch.device("cpu"), torch.float32)
+            fold_statistics(vae, task)
+            task.export(path, 0)
+        return path
+
+    def decoder(self) -> Path:
+        config, folded = self.budget.decoder, self.folded()
+
+        def task() -> VAETask:
+            return VAETask(load_vae_to_train(folded), config, *self.machine, decoder_only=True)
+
+        return self._run("decoder", task, config, vae=fingerprint(folded))
+
+    def clip(self) -> Path:
+        config, words = self.budget.clip, self.tokenizers()
+        return self._run("clip", lambda: CLIPTask(words, config, *self.machine), config)
+
+    def t5(self) -> Path:
+        config, words = self.budget.t5, self.tokenizers()
+        return self._run("t5", lambda: T5Task(words, config, *self.machine), config)
+
+    def shelves(self) -> Path:
+        """All shelves of both sizes; returns their folder."""
+        files = (self.folded(), self.product("clip"), self.product("t5"))
+        identity = "/".join(map(fingerprint, files))
+        encoders = self.encoders()
+        for numbers in (*self.budget.small, *self.budget.large):
+            held = self._held(numbers.size)
+            write_shelf(held, encoders, HELD, range(HELD_PICTURES), numbers.size, identity)
+            path = self._shelf(numbers)
+            self.on_note(f"{path.name}: {len(numbers.scenes)} pictures")
+            write_shelf(path, encoders, TRAINING, numbers.scenes, numbers.size, identity)
+        return self._shelf_folder
+
+    def flow_64(self) -> Path:
+        return self._flow("flow-64", self.budget.flow_64, self.budget.small, None)
+
+    def flow_128(self) -> Path:
+        before = self.product("flow-64")
+        return self._flow("flow-128", self.budget.flow_128, self.budget.large, before)
+
+    def pack(self) -> Path:
+        return pack(
+            self.output / "sd3" / f"{NAME}.safetensors",
+            mmdit=self.product("flow-128"),
+            vae=self.product("decoder"),
+            clips=self.product("clip"),
+            t5=self.product("t5"),
+            tokenizers=self.words(),
+            settings={
+                "sd3_workbench.shift": str(self.budget.flow_128.shift),
+                "sd3_workbench.native_pixels": str(128 * 128),
+            },
+        )
+
+    def tokenizers(self) -> Tokenizers:
+        return find_tokenizers(("clip_l", "clip_g", "t5"), directory=self.words())
+
+    def encoders(self) -> Encoders:
+        device, dtype = self.machine
+        how = {"dtype": dtype, "device": device}
+        clips = self.product("clip")
+        return Encoders(
+            self.tokenizers(),
+            load_vae(self.folded(), **how),
+            load_clip(clips, "clip_l", **how),
+            load_clip(clips, "clip_g", **how),
+            load_t5(self.product("t5"), **how),
+        )
+
+    def product(self, stage: str) -> Path:
+        """The file that a stage has made.  Raises ValueError when it has not."""
+        path = self.output / "sd3" / f"tiny-{stage}" / "model" / f"tiny-{stage}.safetensors"
+        if not path.exists():
+            raise ValueError(f"{path} is not there: run the stage {stage} first.")
+        return path
+
+    def _flow(
+        self, stage: str, config: FlowStage, shelves: tuple[Numbers, ...], start: Path | None
+    ) -> Path:
+        def task() -> ShelfTask:
+            model = new_mmdit(config.seed) if start is None else load_mmdit_to_train(start)
+            opened = [(Shelf(self._shelf(numbers)), numbers.share) for numbers in shelves]
+            held = Shelf(self._held(shelves[0].size))
+            return ShelfTask(model, opened, held, config, *self.machine)
+
+        names = [self._shelf(numbers).name for numbers in shelves]
+        origin = {} if start is None else {"start": fingerprint(start)}
+        return self._run(stage, task, config, shelves=names, **origin)
+
+    def _run(
+        self, stage: str, make_task: Callable[[], Task], config: LoopConfig, **identity: Any
+    ) -> Path:
+        """Train a task as the run <output>/sd3/tiny-<stage>, go on, or find it finished.
+
+        identity: what it depends on besides its settings.
+        """
+        settings = plain_settings(config)
+        fixed = {key: value for key, value in settings.items() if key not in FREE}
+        with open_run(self.output, f"tiny-{stage}") as run:
+            dtype = str(self.machine[1])
+            run.settle({**fixed, "dtype": dtype, **identity}, config.steps, settings)
+            product = product_path(run, "model")
+            if config.steps in run.states() and product.exists():
+                self.on_note(f"{stage}: is finished")
+            else:
+                fit(make_task(), run, config, on_step=self.on_step, on_note=self.on_note)
+            return product
+
+    @property
+    def _shelf_folder(self) -> Path:
+        return self.output / "sd3" / "tiny-shelves"
+
+    def _shelf(self, numbers: Numbers) -> Path:
+        (width, height), scenes = numbers.size, numbers.scenes
+        name = f"{width}x{height}-{scenes.start}-{scenes.stop}.safetensors"
+        return self._shelf_folder / name
+
+    def _held(self, size: Size) -> Path:
+        return self._shelf_folder / f"{size[0]}x{size[1]}-held.safetensors"
+
+
+STAGES: dict[str, Callable[[Maker], Path]] = {
+    "words": Maker.words,
+    "vae": Maker.vae,
+    "decoder": Maker.decoder,
+    "clip": Maker.clip,
+    "t5": Maker.t5,
+    "shelves": Maker.shelves,
+    "flow-64": Maker.flow_64,
+    "flow-128": Maker.flow_128,
+    "pack": Maker.pack,
+}
