@@ -197,7 +197,7 @@ def _t5_from_spiece(files: TokenizerFiles) -> Tokenizer:
 
     def ids(text: str) -> list[int]:
         found: list[int] = []
-        for part in between.split(text):
+        for part in between.split(checked(text)):
             found += [special[part]] if part in special else processor.encode(part)
         return found
 
@@ -214,7 +214,18 @@ def _t5_from_spiece(files: TokenizerFiles) -> Tokenizer:
 
 
 def _encode(backend: Any) -> Callable[[str], list[int]]:
-    return lambda text: backend.encode(text, add_special_tokens=False).ids
+    return lambda text: backend.encode(checked(text), add_special_tokens=False).ids
+
+
+def checked(text: str) -> str:
+    """The text itself.  Raises ValueError for half a character, which JSON and shells let pass."""
+    half = re.search("[\ud800-\udfff]", text)
+    if half is None:
+        return text
+    raise ValueError(
+        f"the prompt holds half a character (U+{ord(half[0]):04X}), as a badly copied emoji leaves "
+        "behind: delete it or type it anew."
+    )
 
 
 def _size(backend: Any) -> int:

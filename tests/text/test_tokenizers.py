@@ -202,3 +202,9 @@ def test_the_wrong_tokenizer_is_refused(tiny_folder, tmp_path):
 def test_a_window_without_room_for_text_is_refused(tiny_tokenizers):
     with pytest.raises(ValueError, match="window of 2 tokens"):
         clip_windows(tiny_tokenizers.clip_l, CAT, 2)
+
+
+@pytest.mark.parametrize("which", ["clip_l", "t5"])
+def test_half_a_character_is_refused_with_a_sentence(tiny_tokenizers, which):
+    with pytest.raises(ValueError, match=r"half a character \(U\+D83D\)"):
+        tiny_tokenizers[which].ids("a red circle \ud83d")
