@@ -4,7 +4,7 @@ const TITLES = { mmdit: "MMDiT", vae: "VAE", clip_l: "CLIP-L", clip_g: "CLIP-G",
 const LINE = 16; // pixels
 const FRAME = 8; // the stylesheet's padding
 // What is kept free before the first run, so that nodes do not grow into each other.
-const LINES = { SD3EmptyLatent: 1, SD3VAEDecode: 2, SD3VAEEncode: 2, SD3EncodePrompt: 4, SD3Sample: 5 };
+const LINES = { SD3EmptyLatent: 1, SD3VAEDecode: 2, SD3VAEEncode: 2, SD3EncodePrompt: 4, SD3Sample: 4 };
 const USUAL_LINES = 3;
 
 const title = (kind) => TITLES[kind] ?? kind;
@@ -17,8 +17,8 @@ const WRITERS = {
   width: (width, report) => [["size", `${width} × ${report.height}${batch(report.batch_size)}`]],
   height: () => [],
   batch_size: () => [],
-  positive: (words) => [["positive", tokens(words)]],
-  negative: (words) => [["negative", tokens(words)]],
+  positive: (words) => [["positive", tokens(words) + again(words)]],
+  negative: (words) => [["negative", tokens(words) + again(words)]],
   window: () => [],
   use: (use, report) => [["encoders", encoders(use, report.loaded)]],
   loaded: () => [],
@@ -27,21 +27,25 @@ const WRITERS = {
   ],
   shift: (shift, { sampler }) => (sampler ? [] : [["shift", shift]]),
   sigmas: () => [],
+  sigma: () => [], // with pdf: a curve, which its node shows as a picture
+  pdf: () => [],
   latent: () => [],
   dtype: () => [],
   guidance: guidanceLines,
   files: fileLines,
+  lora: ({ file, fingerprint }) => [["LoRA", file, `fingerprint ${fingerprint}`]],
   loras: (loras) => loras.map((lora) => ["LoRA", `${lora.file} × ${lora.strength}`]),
   weights: (weights, report) => [["weights", `${weights}, computed in ${report.compute}`]],
   compute: () => [],
   matched: (matched, report) => [["layers", `${matched} matched, ${report.unmatched} not`]],
   unmatched: () => [],
   unmatched_names: (names) => names.map((name) => ["no place for", name]),
-  seconds: (seconds, report) => [["took", `${seconds} s${memory(report.peak_memory_mib)}`]],
+  seconds: (seconds, report) => [["took", time(seconds) + memory(report.peak_memory_mib)]],
   peak_memory_mib: () => [],
 };
 
 const batch = (size) => (size > 1 ? `, ${size} at a time` : "");
+const time = (seconds) => (seconds < 120 ? `${seconds} s` : `${(seconds / 60).toFixed(1)} min`);
 const memory = (mebibytes) => (mebibytes ? `, at most ${(mebibytes / 1024).toFixed(1)} GiB` : "");
 
 function tokens({ tokens: counts }) {
@@ -49,6 +53,8 @@ function tokens({ tokens: counts }) {
   if (read.every((kind) => counts[kind] === 0)) return "empty";
   return read.map((kind) => `${title(kind)} ${counts[kind]}`).join(", ") + " tokens";
 }
+
+const again = ({ known }) => (known ? ", kept from before" : "");
 
 const encoders = (use, loaded) =>
   loaded.map((kind) => title(kind) + (use.includes(kind) ? "" : " (off)")).join(", ");
@@ -83,6 +89,9 @@ function brief(value) {
     return Object.entries(value).map(([key, inner]) => `${plain(key)} ${brief(inner)}`).join(", ");
   }
   if (typeof value === "boolean") return value ? "yes" : "no";
+  if (typeof value === "number" && !Number.isInteger(value)) {
+    return String(Number(value.toPrecision(6)));
+  }
   return String(value);
 }
 

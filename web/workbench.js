@@ -18,6 +18,7 @@ const RUNS_LOOKED_AT = 16; // of /history, for the last run of the open workflow
 const NO_ID = "00000000-0000-0000-0000-000000000000"; // of every workflow that came in API form
 
 const ours = new Set(); // node ids of this pack
+const DRAWN_ELSEWHERE = ["SD3Pick"]; // shows its own pictures and counts
 
 app.registerExtension({
   name: "SD3Workbench.Reports",
@@ -30,7 +31,9 @@ app.registerExtension({
   },
 
   beforeRegisterNodeDef(_nodeType, definition) {
-    if (definition.python_module === `custom_nodes.${PACK_FOLDER}`) ours.add(definition.name);
+    const { name, python_module: module } = definition;
+    if (module !== `custom_nodes.${PACK_FOLDER}` || DRAWN_ELSEWHERE.includes(name)) return;
+    ours.add(name);
   },
 
   nodeCreated(node) {

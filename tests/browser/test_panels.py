@@ -201,6 +201,30 @@ def test_names_of_files_are_text_and_never_html(editor):
     assert editor.page.evaluate("() => window.struck") is None
 
 
+def test_keys_that_no_writer_knows_are_shown_as_they_are(editor):
+    opened(editor)
+    told = {
+        "seed": 545536269347402,
+        "loss": 0.123456789,
+        "stopped": False,
+        "losses": list(range(9)),
+        "lora": {"file": "shapes.safetensors", "fingerprint": "abc"},
+        "of_both": {"left": 1, "right": None},
+    }
+    editor.page.evaluate(
+        "([id, r]) => app.graph.getNodeById(id).onExecuted({ sd3_report: [r] })", [DECODE, told]
+    )
+    lines = report(editor, DECODE).split("\n")
+    assert dict(zip(lines[::2], lines[1::2], strict=True)) == {
+        "seed": "545536269347402",
+        "loss": "0.123457",
+        "stopped": "no",
+        "losses": "9 values",
+        "LoRA": "shapes.safetensors",
+        "of both": "left 1, right –",
+    }
+
+
 def test_a_report_is_no_part_of_the_saved_workflow(editor):
     opened(editor)
     editor.run()

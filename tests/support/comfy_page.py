@@ -26,6 +26,7 @@ CHROMIUM = os.environ.get("CHROMIUM_PATH") or next(
     filter(None, map(shutil.which, CHROMIUM_NAMES)), None
 )
 HAS_PLAYWRIGHT = importlib.util.find_spec("playwright") is not None
+PATIENCE = 120  # seconds, for a machine that does other work too
 VIEWPORT = {"width": 1600, "height": 1000}
 QUIET = (
     "--no-sandbox",
@@ -79,6 +80,7 @@ class Editor:
     def __init__(self, browser: Any, url: str, node: str = "SD3Sample"):
         """node: one whose registration shows that the page is ready."""
         self.context = browser.new_context(viewport=VIEWPORT, color_scheme="dark")
+        self.context.set_default_timeout(PATIENCE * 1000)
         self.page = self.context.new_page()
         self.url, self.node = url, node
         self.errors: list[str] = []
@@ -96,11 +98,11 @@ class Editor:
     def visit(self) -> None:
         """Load the page, or load it anew."""
         self.page.goto(self.url, wait_until="domcontentloaded")
-        self.page.wait_for_function(READY % json.dumps(self.node), timeout=120_000)
-        self.page.wait_for_function("() => !!app.canvas?.graph", timeout=60_000)
+        self.page.wait_for_function(READY % json.dumps(self.node))
+        self.page.wait_for_function("() => !!app.canvas?.graph")
         self.page.wait_for_timeout(1000)  # the last workflow is being restored
 
-    def until(self, probe: Callable[[], Any], timeout: float = 30) -> Any:
+    def until(self, probe: Callable[[], Any], timeout: float = PATIENCE) -> Any:
         """The first true answer of probe()."""
         end = time.monotonic() + timeout
         while not (answer := probe()):
@@ -159,7 +161,7 @@ class Editor:
     def to_ui(self) -> dict[str, Any]:
         return self.page.evaluate("() => app.graph.serialize()")
 
-    def run(self, timeout: float = 120) -> None:
+    def run(self, timeout: float = PATIENCE) -> None:
         """As a click on Run; returns when the queue is empty and the page has heard of it."""
         self.page.evaluate("() => app.queuePrompt(0, 1)")
         self.until(lambda: self.page.evaluate(IDLE), timeout)
