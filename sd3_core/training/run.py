@@ -55,16 +55,23 @@ def run_folder(output: Path, name: str) -> Path:
 
     Raises ValueError for a name that is no plain folder name: a run never leaves its place.
     """
+    return named_folder(output / "sd3", name, "run_name")
+
+
+def named_folder(home: Path, name: str, what: str) -> Path:
+    """The folder of this name in `home`, which it never leaves.
+
+    what: the setting that the name comes from.  Raises ValueError.
+    """
     plain = re.fullmatch(r"\w[\w .+-]*", name) and name == name.rstrip(" .")
     if not plain or len(name) > LONGEST_NAME or _RESERVED.fullmatch(name):
         raise ValueError(
-            f"run_name is {name!r}; use letters, digits, spaces and _ - + . (up to "
-            f"{LONGEST_NAME}, beginning with a letter or digit): it becomes a folder."
+            f"{what} is {name!r}; use letters, digits, spaces and _ - + . (up to {LONGEST_NAME}, "
+            "beginning with a letter or digit): it becomes a folder."
         )
-    home = output / "sd3"
     folder = home / name
     if folder.resolve().parent != home.resolve():
-        raise ValueError(f"{folder}: is a link to another place; a run stays in its own folder.")
+        raise ValueError(f"{folder}: is a link to another place; it has to be a folder of its own.")
     return folder
 
 

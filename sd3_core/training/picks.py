@@ -1,0 +1,258 @@
+"""Picking the better pictures: a backlog of candidates, the votes on them, what they say together.
+
+    candidates.jsonl    a line for each group of 2 to 4 pictures that one prompt made
+    preferences.jsonl   a line for each pair that a vote decided; see preferences.py
+    pictures/           named by their content, so that no name tells who drew them
+
+Both files are only ever appended to.  A vote may be taken back; a group is voted on once.
+"""
+
+import hashlib
+import json
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..checkpoints.save import save_bytes
+from .order import shuffled
+from .preferences import PREFERENCES
+
+CANDIDATES, PICTURES = "candidates.jsonl", "pictures"
+FEWEST, MOST = 2, 4  # pictures of a group
+LARGEST = 2**26  # bytes of either file; beyond, nothing is appended
+Z95 = 1.959964  # of the normal distribution: 95 % lie within
+
+_WRITING = threading.Lock()  # votes come from the server's thread, candidates from the queue's
+
+
+class PickRefused(ValueError):
+    """A vote that cannot be: says why."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Candidates for one prompt.  arms: in a blind comparison, which setting drew each."""
+
+    id: str
+    prompt: str
+    pictures: tuple[str, ...]  # names in pictures/
+    arms: tuple[str, ...] = ()
+    seed: int | None = None
+    model: str = ""
+    time: str = ""
+
+    def shown(self) -> list[str]:
+        """The pictures in the order in which they are shown: by chance, but always the same."""
+        return [self.pictures[place] for place in shuffled(len(self.pictures), self.id)]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two arms, blindly compared; ties count half for each."""
+
+    arms: tuple[str, str]
+    wins: tuple[int, int]
+    ties: int
+    rate: float  # of the first arm
+    low: float  # of the 95 % interval
+    high: float
+    needed: int | None  # more votes, if the rate stays, until the interval excludes 1/2
+
+
+class Picks:
+    """The picks of one folder, read anew for every question."""
+
+    def __init__(self, folder: Path, clock: Callable[[], float] = time.time):
+        self.folder, self.clock = folder, clock
+
+    # What there is
+
+    def groups(self) -> dict[str, Group]:
+        lines = _lines(self.folder / CANDIDATES)
+        return {line["id"]: _group(line) for line in lines}
+
+    def votes(self) -> dict[str, list[dict[str, Any]]]:
+        """The lines of every vote that stands, by group, oldest first."""
+        standing: dict[str, list[dict[str, Any]]] = {}
+        for line in _lines(self.folder / PREFERENCES):
+            if "undo" in line:
+                standing.pop(str(line["undo"]).rpartition(":")[0], None)
+            elif "group" in line:
+                standing.setdefault(line["group"], []).append(line)
+        return standing
+
+    def open_groups(self) -> list[Group]:
+        done = self.votes()
+        return [group for name, group in self.groups().items() if name not in done]
+
+    # What comes in
+
+    def add(
+        self,
+        prompt: str,
+        pictures: Sequence[bytes],
+        *,
+        arms: Sequence[str] = (),
+        seed: int | None = None,
+        model: str = "",
+    ) -> Group:
+        """Put candidates (PNG files' bytes) into the backlog; the same ones are not put twice."""
+        if not FEWEST <= len(pictures) <= MOST:
+            raise PickRefused(f"{len(pictures)} pictures; a group has {FEWEST} to {MOST}.")
+        names = [hashlib.sha256(data).hexdigest()[:16] + ".png" for data in pictures]
+        content = repr((prompt, names, list(arms)))
+        group = Group(
+            hashlib.sha256(content.encode()).hexdigest()[:16],
+            prompt,
+            tuple(names),
+            tuple(arms),
+            seed,
+            model,
+            self._now(),
+        )
+        known = self.groups().get(group.id)
+        for name, data in zip(names, pictures, strict=True):
+            path = self.folder / PICTURES / name
+            if not path.exists():
+                save_bytes(path, data)
+        if known is None:
+            self._append(CANDIDATES, [asdict(group)])
+        return known or group
+
+    def vote(self, name: str, best: str = "", worst: str = "", verdict: str = "") -> None:
+        """Decide an open group.
+
+        best, worst: pictures of it; the worst may be left out.  verdict: "tie" or "skip" instead.
+        Best goes before all others, all others go before the worst.  Raises PickRefused.
+        """
+        group = self.groups().get(name)
+        if group is None or name in self.votes():
+            what = "there is no such group" if group is None else "it is decided already"
+            raise PickRefused(f"group {name!r}: {what}.")
+        lines = self._decided(group, best, worst, verdict)
+        known = {"group": name, "prompt": group.prompt, "seed": group.seed, "model": group.model}
+        # An undone vote's ids must not come back: the undo line would take them too.
+        turn = sum(line.get("group") == name for line in _lines(self.folder / PREFERENCES))
+        self._append(
+            PREFERENCES,
+            [
+                {"id": f"{name}:{turn + number}", **known, **line, "time": self._now()}
+                for number, line in enumerate(lines)
+            ],
+        )
+
+    def _decided(self, group: Group, best: str, worst: str, verdict: str) -> list[dict[str, Any]]:
+        if verdict in ("tie", "skip"):
+            if best or worst:
+                raise PickRefused(f"{verdict} and a best or worst picture: give one of them.")
+            paths = [f"{PICTURES}/{picture}" for picture in group.pictures]
+            return [{verdict: paths, **({"arms": list(group.arms)} if group.arms else {})}]
+        if verdict:
+            raise PickRefused(f"verdict is {verdict!r}; choose tie or skip, or name the best.")
+        for picture in filter(None, (best, worst)):
+            if picture not in group.pictures:
+                raise PickRefused(f"{picture!r} is no picture of group {group.id}.")
+        if not best or best == worst:
+            raise PickRefused("name the best picture, and another one as the worst, if any.")
+        others = [one for one in group.pictures if one not in (best, worst)]
+        pairs = [(best, one) for one in others] + [(one, worst) for one in others if worst]
+        pairs += [(best, worst)] if worst else []
+        return [self._pair(group, chosen, rejected) for chosen, rejected in pairs]
+
+    @staticmethod
+    def _pair(group: Group, chosen: str, rejected: str) -> dict[str, Any]:
+        line = {"chosen": f"{PICTURES}/{chosen}", "rejected": f"{PICTURES}/{rejected}"}
+        if not group.arms:
+            return line
+        arm = dict(zip(group.pictures, group.arms, strict=True))
+        return {**line, "arms": [arm[chosen], arm[rejected]]}
+
+    def undo(self) -> str:
+        """Take back the newest vote that stands; returns its group.  Raises PickRefused."""
+        standing = self.votes()
+        if not standing:
+            raise PickRefused("there is no vote to take back.")
+        name, lines = list(standing.items())[-1]
+        now = self._now()
+        self._append(PREFERENCES, [{"undo": line["id"], "time": now} for line in lines])
+        return name
+
+    def comparison(self) -> Comparison | None:
+        """What the votes say of the arms; None without any."""
+        arms: list[str] = []
+        for group in self.groups().values():
+            arms += [arm for arm in group.arms if arm not in arms]
+        lines = [line for vote in self.votes().values() for line in vote if line.get("arms")]
+        if len(arms) != 2 or not lines:
+            return None
+        won = [line["arms"][0] for line in lines if "chosen" in line]
+        ties = sum("tie" in line for line in lines)
+        return compare((arms[0], arms[1]), (won.count(arms[0]), won.count(arms[1])), ties)
+
+    def _now(self) -> str:
+        return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(self.clock()))
+
+    def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
+        """All lines in one write at the file's end, so that no reader meets a part of them."""
+        path = self.folder / name
+        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with _WRITING:
+            if path.exists() and path.stat().st_size > LARGEST:
+                raise PickRefused(f"{name} is full ({LARGEST:,} bytes): begin another folder.")
+            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
+            try:
+                os.write(file, data)
+                os.fsync(file)
+            finally:
+                os.close(file)
+
+
+def compare(arms: tuple[str, str], wins: tuple[int, int], ties: int) -> Comparison | None:
+    """The first arm's win rate with Wilson's score interval; None without votes.
+
+    Wilson 1927 (doi:10.1080/01621459.1927.10502953), equation 1: it stays inside 0 ... 1 and
+    excludes 1/2 exactly where the score test at 5 % does, hence the votes needed.
+    """
+    votes = sum(wins) + ties
+    if not votes:
+        return None
+    rate = (wins[0] + ties / 2) / votes
+    share = Z95**2 / votes
+    middle = (rate + share / 2) / (1 + share)
+    half = math.sqrt(rate * (1 - rate) * share + share**2 / 4) / (1 + share)
+    distance = abs(rate - 0.5)
+    needed = None
+    if distance > 1e-9:
+        needed = max(0, math.ceil(Z95**2 / 4 / distance**2) - votes)
+    return Comparison(
+        arms, wins, ties, rate, max(0.0, middle - half), min(1.0, middle + half), needed
+    )
+
+
+def _lines(path: Path) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file; a torn last line is left out."""
+    try:
+        texts = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    found = []
+    for text in texts:
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict):
+            found.append(line)
+    return found
+
+
+def _group(line: Mapping[str, Any]) -> Group:
+    known = {name: line[name] for name in Group.__dataclass_fields__ if name in line}
+    group = Group(**known)
+    return replace(group, pictures=tuple(group.pictures), arms=tuple(group.arms))

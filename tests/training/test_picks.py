@@ -1,0 +1,196 @@
+"""The backlog, the votes and what they say: appended, taken back, read as preferences."""
+
+import json
+import math
+from io import BytesIO
+
+import pytest
+from PIL import Image
+from sd3_pack.sd3_core.training.folders import Source
+from sd3_pack.sd3_core.training.framing import Framing
+from sd3_pack.sd3_core.training.picks import PickRefused, Picks, compare
+from sd3_pack.sd3_core.training.preferences import read_preferences
+
+
+def picture(*colour) -> bytes:
+    data = BytesIO()
+    Image.new("RGB", (64, 64), colour).save(data, format="PNG")
+    return data.getvalue()
+
+
+RED, GREEN, BLUE, WHITE = (
+    picture(*c) for c in ((255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255))
+)
+
+
+@pytest.fixture
+def picks(tmp_path):
+    return Picks(tmp_path / "mine", clock=lambda: 1_700_000_000)
+
+
+def pairs(picks):
+    dataset = read_preferences([Source(picks.folder)], framing=Framing(64, 16))
+    return [(item.picture.path.name, item.loser.picture.path.name) for item in dataset.items]
+
+
+def test_a_pick_of_two_is_one_pair(picks):
+    group = picks.add("a circle", [RED, BLUE], seed=7, model="tiny")
+    red, blue = group.pictures
+    assert [one.id for one in picks.open_groups()] == [group.id]
+    picks.vote(group.id, best=blue)
+    assert picks.open_groups() == []
+    assert pairs(picks) == [(blue, red)]
+    (line,) = (json.loads(text) for text in (picks.folder / "preferences.jsonl").open())
+    assert (line["prompt"], line["seed"], line["model"]) == ("a circle", 7, "tiny")
+    assert line["time"].startswith("2023-11-1")
+
+
+@pytest.mark.parametrize(("worst", "count"), [(3, 5), (None, 3)])
+def test_best_and_worst_of_four_are_all_the_pairs_they_decide(picks, worst, count):
+    group = picks.add("x", [RED, GREEN, BLUE, WHITE])
+    names = group.pictures
+    picks.vote(group.id, best=names[1], worst="" if worst is None else names[worst])
+    found = pairs(picks)
+    assert len(found) == len(set(found)) == count
+    assert {(names[1], names[0]), (names[1], names[2]), (names[1], names[3])} <= set(found)
+    if worst is not None:
+        assert {(names[0], names[3]), (names[2], names[3])} <= set(found)
+
+
+def test_an_undone_vote_teaches_nothing_and_may_be_cast_anew(picks):
+    first, second = picks.add("x", [RED, BLUE]), picks.add("y", [RED, GREEN, BLUE])
+    picks.vote(second.id, best=second.pictures[0], worst=second.pictures[1])
+    picks.vote(first.id, best=first.pictures[0])
+    assert picks.undo() == first.id
+    assert len(pairs(picks)) == 3
+    picks.vote(first.id, best=first.pictures[1])
+    assert pairs(picks)[-1] == (first.pictures[1], first.pictures[0])
+    assert picks.undo() == first.id
+    assert picks.undo() == second.id
+    with pytest.raises(PickRefused, match="no vote to take back"):
+        picks.undo()
+    assert {one.id for one in picks.open_groups()} == {first.id, second.id}
+
+
+def test_ties_and_skips_are_decided_and_say_nothing(picks):
+    for verdict, colour in (("tie", BLUE), ("skip", GREEN)):
+        picks.vote(picks.add("x", [RED, colour]).id, verdict=verdict)
+    picks.vote(picks.add("x", [RED, WHITE]).id, best=picks.open_groups()[0].pictures[0])
+    report = read_preferences([Source(picks.folder)], framing=Framing(64, 16)).report
+    assert (report.pictures, report.ties, report.passed) == (1, 1, 1)
+    assert not picks.open_groups()
+
+
+def test_the_same_candidates_come_once(picks):
+    first = picks.add("x", [RED, BLUE])
+    assert picks.add("x", [RED, BLUE]) == first
+    picks.vote(first.id, verdict="tie")
+    picks.add("x", [RED, BLUE])
+    assert picks.open_groups() == []
+    assert len(picks.groups()) == 1
+
+
+def test_sides_are_shuffled_but_stay_where_they_are(picks):
+    groups = [picks.add(f"prompt {n}", [RED, BLUE], arms=("old", "new")) for n in range(40)]
+    shown = [group.shown() for group in groups]
+    assert shown == [group.shown() for group in picks.groups().values()]
+    first = sum(order[0] == group.pictures[0] for order, group in zip(shown, groups, strict=True))
+    assert 8 < first < 32
+    assert all(len(name) == 20 for name in groups[0].pictures)  # no name tells the arm
+
+
+def test_a_blind_comparison_counts_wins_by_arm(picks):
+    for number, winner in enumerate("aaab"):
+        group = picks.add(f"p{number}", [RED, BLUE], arms=("a", "b"))
+        picks.vote(group.id, best=group.pictures["ab".index(winner)])
+    picks.vote(picks.add("tied", [RED, BLUE], arms=("a", "b")).id, verdict="tie")
+    picks.vote(picks.add("not asked", [RED, BLUE]).id, verdict="tie")
+    result = picks.comparison()
+    assert (result.wins, result.ties) == ((3, 1), 1)
+    assert result.rate == pytest.approx(0.7)
+    assert len(pairs(picks)) == 4  # the same votes are pairs for DPO
+    picks.undo()
+    picks.undo()
+    assert picks.comparison().ties == 0
+
+
+@pytest.mark.parametrize(
+    ("wins", "ties", "low", "high"),
+    # Wilson's interval, as statsmodels' proportion_confint(method="wilson") gives it
+    [
+        ((8, 2), 0, 0.4901625, 0.9433178),
+        ((0, 10), 0, 0.0, 0.2775328),
+        ((50, 50), 0, 0.4038, 0.5962),
+    ],
+)
+def test_the_interval_is_wilsons(wins, ties, low, high):
+    result = compare(("a", "b"), wins, ties)
+    assert result.low == pytest.approx(low, abs=1e-4)
+    assert result.high == pytest.approx(high, abs=1e-4)
+
+
+@pytest.mark.parametrize("wins", [(6, 4), (8, 2), (3, 1), (55, 45)])
+def test_the_votes_needed_are_the_fewest_whose_interval_excludes_one_half(wins):
+    result = compare(("a", "b"), wins, 0)
+    total, rate = sum(wins) + result.needed, result.rate
+
+    def low(votes):
+        share = 1.959964**2 / votes
+        half = math.sqrt(rate * (1 - rate) * share + share**2 / 4)
+        return (rate + share / 2 - half) / (1 + share)
+
+    assert low(total) >= 0.5
+    assert low(total - 1) < 0.5 or result.needed == 0
+
+
+def test_equal_arms_need_no_number_of_votes():
+    assert compare(("a", "b"), (3, 3), 2).needed is None
+    assert compare(("a", "b"), (0, 0), 0) is None
+
+
+def test_a_vote_that_cannot_be_is_refused_and_writes_nothing(picks):
+    group = picks.add("x", [RED, BLUE])
+    other = picks.add("y", [GREEN, WHITE])
+    red, blue = group.pictures
+    for arguments in (
+        {"best": other.pictures[0]},
+        {"best": red, "worst": red},
+        {"best": "../../secret.png"},
+        {"worst": red},
+        {},
+        {"verdict": "both"},
+        {"verdict": "tie", "best": red},
+    ):
+        with pytest.raises(PickRefused):
+            picks.vote(group.id, **arguments)
+    with pytest.raises(PickRefused, match="no such group"):
+        picks.vote("../x", best=red)
+    assert not (picks.folder / "preferences.jsonl").exists()
+    picks.vote(group.id, best=red)
+    with pytest.raises(PickRefused, match="decided already"):
+        picks.vote(group.id, best=blue)
+    assert len(pairs(picks)) == 1
+
+
+@pytest.mark.parametrize("count", [0, 1, 5])
+def test_a_group_has_two_to_four_pictures(picks, count):
+    with pytest.raises(PickRefused, match="2 to 4"):
+        picks.add("x", [RED] * count)
+
+
+def test_a_torn_line_is_left_out(picks):
+    group = picks.add("x", [RED, BLUE])
+    picks.vote(group.id, verdict="tie")
+    with (picks.folder / "candidates.jsonl").open("a") as file:
+        file.write('{"id": "half')
+    assert len(picks.groups()) == 1
+
+
+def test_a_full_file_is_not_appended_to(picks, monkeypatch):
+    from sd3_pack.sd3_core.training import picks as module
+
+    group = picks.add("x", [RED, BLUE])
+    monkeypatch.setattr(module, "LARGEST", 10)
+    picks.vote(group.id, best=group.pictures[0])  # the first line makes the file
+    with pytest.raises(PickRefused, match="is full"):
+        picks.undo()
