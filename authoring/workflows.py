@@ -48,7 +48,7 @@ CANNY = "sd3.5_large_controlnet_canny.safetensors"
 CANNY_FILE = ModelFile(CANNY, "controlnet", f"{CONTROLNETS}/{CANNY}")
 LORA = ModelFile("my_style.safetensors", "loras")
 
-TINY = Preset("SD3 Tiny", steps=20, cfg=3.0, sampler="euler", shift=1.5)
+TINY = PRESETS["sd3_tiny"]
 SEED = 1
 LIGHTHOUSE = "a lighthouse on a cliff in morning fog, oil on canvas, visible brush strokes"
 
