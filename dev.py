@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
 PICTURE = ROOT / "demo.png"
-DEMO_MODEL = ROOT / "output" / "demo" / "generated-weights.safetensors"
+SEED = "1"  # of the demo's picture
 OLDEST_PYTHON = (3, 10)
 
 RUNTIME = ("torch==2.11.0",)
@@ -77,13 +77,17 @@ def find_comfyui() -> Path | None:
 
 
 def wanted(purpose: str) -> list[str]:
-    """pip's arguments for "demo" (what a picture needs) or "test" (that, and all the rest)."""
+    """pip's arguments for "demo" (what a picture needs) or "test" (that, and all the rest).
+
+    Where there is a ComfyUI, both run in it and need what it needs.
+    """
     files = [ROOT / "requirements.txt"]
     packages = list(RUNTIME)
+    if comfyui := find_comfyui():
+        packages += TORCH_COMPANIONS
+        files.append(comfyui / "requirements.txt")
     if purpose == "test":
         packages += [*TORCH_COMPANIONS, *CHECKERS, *ORACLES]
-        comfyui = find_comfyui()
-        files += [comfyui / "requirements.txt"] if comfyui else []
     return packages + [argument for file in files for argument in ("-r", str(file))]
 
 
@@ -255,23 +259,20 @@ def test(everything: bool, pytest_arguments: Sequence[str]) -> int:
 # --- demo -----------------------------------------------------------------------------------------
 
 
-def demo_model() -> list[str]:
-    """Arguments of `generate` that name the demo's model: for now one made on the spot.
-
-    Its networks are of SD3's kind, a thousand times smaller; no training has touched them.
-    """
-    DEMO_MODEL.parent.mkdir(parents=True, exist_ok=True)
-    if run([str(ROOT / "tests" / "support" / "generated_model.py"), str(DEMO_MODEL)]):
-        raise SetupError("the demo's model could not be written; the reason stands above.")
-    print("The model's weights are random: expect an abstract pattern.", flush=True)
-    return ["--checkpoint", str(DEMO_MODEL), "--seed", "3"]
-
-
 def demo(prompt: str) -> int:
+    """Draw with the embedded model: in ComfyUI, headless, where one is found, else by sd3_core."""
     prepare("demo")
-    status = run(["-m", "sd3_core", "generate", prompt, *demo_model(), "-o", str(PICTURE)])
+    comfyui = find_comfyui()
+    print(f"Drawing in ComfyUI ({comfyui})." if comfyui else "Drawing without ComfyUI.", flush=True)
+    if comfyui:
+        script = ROOT / "tests" / "support" / "demo_in_comfyui.py"
+        status = run([str(script), prompt, str(PICTURE), SEED])
+    else:
+        command = ["-m", "sd3_core", "generate", prompt, "--seed", SEED]
+        status = run([*command, "-o", str(PICTURE)])
     if status == 0:
-        print(f"The picture: {PICTURE}")
+        print(f"The picture: {PICTURE}", flush=True)
+        run(["-m", "sd3_core", "check", str(PICTURE), prompt])
     return status
 
 

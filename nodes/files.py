@@ -11,6 +11,7 @@ import folder_paths
 from ..sd3_core.checkpoints.header import fingerprint
 from ..sd3_core.checkpoints.layouts import Component, find_components
 from ..sd3_core.checkpoints.load import component_of
+from ..sd3_core.embedded.model import FILE
 from ..sd3_core.errors import CheckpointError
 from ..sd3_core.text.encoders import TITLES
 from .errors import NodeError, coded
@@ -32,9 +33,8 @@ FOLDER_OF = {"clip_l": "text_encoders", "clip_g": "text_encoders", "t5": "text_e
 
 
 def embedded_file() -> Path | None:
-    """The small model that comes with the pack, where it does."""
-    folder = Path(__file__).parent.parent / "sd3_core" / "embedded"
-    return next(iter(sorted(folder.glob("*.safetensors"))), None)
+    """The small model that comes with the pack; None where someone has taken it out."""
+    return FILE if FILE.exists() else None
 
 
 def file_names(folder: str) -> list[str]:

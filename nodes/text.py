@@ -11,7 +11,9 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..sd3_core.checkpoints.header import read_header
 from ..sd3_core.conditioning import Conditioning
+from ..sd3_core.embedded.model import note
 from ..sd3_core.settings import RELEASED_WINDOW
 from ..sd3_core.speed.prompts import PromptCache, users_cache
 from ..sd3_core.text.encoders import ENCODERS, TITLES
@@ -214,6 +216,14 @@ def notes_on_encoders(clip: Any, use: list[str]) -> list[str]:
     return [*notes, "No encoder is on: this is the picture of no prompt."] if nothing else notes
 
 
+def notes_on_world(clip: Any, prompt: str) -> list[str]:
+    """What the embedded model has to say of words that it was never taught."""
+    for path in origin_of(clip.patcher).paths.values():
+        if said := note(read_header(path).metadata, prompt):
+            return [said]
+    return []
+
+
 def prompt_input(name: str, tooltip: str, optional: bool = False) -> Any:
     return io.String.Input(
         name,
@@ -313,7 +323,7 @@ class SD3EncodePrompt(io.ComfyNode):
             "window": Shape.of(clip.cond_stage_model).window,
             "use": use,
             "loaded": present(clip),
-            "notes": notes_on_encoders(clip, use),
+            "notes": [*notes_on_encoders(clip, use), *notes_on_world(clip, prompt)],
             "files": origin_of(clip.patcher).files,
         }
         return io.NodeOutput(*(done.conditioning for done in encoded), ui=report(contents))

@@ -1,4 +1,4 @@
-"""python -m sd3_core generate | verify | inspect | export | train | score | tiny | bench"""
+"""python -m sd3_core generate | verify | inspect | export | train | score | check | tiny | bench"""
 
 import argparse
 import re
@@ -55,6 +55,7 @@ def parser() -> argparse.ArgumentParser:
     add_export(commands.add_parser("export", help="write networks as one file, as released"))
     add_train(commands.add_parser("train", help="teach a LoRA or a small model"))
     add_score(commands.add_parser("score", help="count what a model of the small world gets right"))
+    add_check(commands.add_parser("check", help="read a picture of the small world"))
     add_tiny(commands.add_parser("tiny", help="make the embedded model again, stage by stage"))
     add_bench(commands.add_parser("bench", help="measure against other implementations"))
     return top
@@ -183,6 +184,12 @@ def add_score(command: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto")
     add("--device", default="auto")
     add("--json", type=Path, metavar="FILE", help="write the counts")
+
+
+def add_check(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_check)
+    command.add_argument("picture", type=Path)
+    command.add_argument("prompt", help="what it should show")
 
 
 def add_tiny(command: argparse.ArgumentParser) -> None:
@@ -389,6 +396,14 @@ def run_score(options: argparse.Namespace) -> int:
             on_batch=on_batch,
         )
     print(table.text())
+    return 0
+
+
+def run_check(options: argparse.Namespace) -> int:
+    from .embedded.model import check
+    from .pictures import read_image
+
+    print(check(read_image(options.picture), options.prompt))
     return 0
 
 

@@ -27,12 +27,14 @@ def to_levels(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().permute(0, 2, 3, 1)
 
 
-def read_image(path: str | Path, width: int, height: int) -> Tensor:
-    """A picture scaled to cover width x height and cut around its centre: [1, 3, H, W] in -1..1.
+def read_image(path: str | Path, width: int | None = None, height: int | None = None) -> Tensor:
+    """A picture as it is, or scaled to cover width x height and cut around its centre.
 
-    Transparency lies on white.  Raises ValueError when it cannot be read.
+    [1, 3, H, W] in -1..1; transparency lies on white.  Raises ValueError when it cannot be read.
     """
-    picture = ImageOps.fit(_read(path).on("white"), (width, height), Image.Resampling.LANCZOS)
+    picture = _read(path).on("white")
+    if width and height:
+        picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
     pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32).copy())
     return pixels.permute(2, 0, 1)[None] / 127.5 - 1
 

@@ -1,6 +1,8 @@
+
 """dev.py: what it installs when, what it runs, and how it says no."""
 
 import importlib.util
+import re
 import sys
 from pathlib import Path
 
@@ -120,16 +122,29 @@ def test_one_failed_stage_fails_the_whole_and_is_named(dev, pip_calls, monkeypat
     assert last.startswith("dev.py test: FAILED (types) after ")
 
 
-def test_the_demo_makes_a_picture_and_says_where(dev, pip_calls, monkeypatch, tmp_path, capsys):
+def test_the_demo_makes_a_picture_and_judges_it(dev, pip_calls, monkeypatch, tmp_path, capfd):
     for name in ("pytest", "diffusers"):  # a demo's environment has neither
         (tmp_path / f"{name}.py").write_text("raise ImportError(__name__)")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setattr(dev, "PICTURE", tmp_path / "demo.png")
-    monkeypatch.setattr(dev, "DEMO_MODEL", tmp_path / "model.safetensors")
+    monkeypatch.setattr(dev, "find_comfyui", lambda: None)
     assert dev.main(["demo", "a", "red", "circle"]) == 0
     with Image.open(tmp_path / "demo.png") as picture:
-        assert picture.getextrema()[0] != (0, 0)
-    assert str(tmp_path / "demo.png") in capsys.readouterr().out
+        assert picture.size == (128, 128)
+    said = capfd.readouterr().out
+    assert str(tmp_path / "demo.png") in said
+    assert re.search(r"^seen: .*as asked", said, re.MULTILINE)
+
+
+def test_the_demo_draws_in_comfyui_where_there_is_one(dev, pip_calls, monkeypatch, tmp_path):
+    commands = []
+    monkeypatch.setattr(dev, "find_comfyui", lambda: tmp_path)
+    monkeypatch.setattr(dev, "wanted", lambda purpose: [purpose])
+    monkeypatch.setattr(dev, "run", lambda command: commands.append(command) or 0)
+    assert dev.main(["demo", "a", "red", "circle"]) == 0
+    assert commands[0][0].endswith("demo_in_comfyui.py")
+    assert commands[0][1] == "a red circle"
+    assert commands[1][:3] == ["-m", "sd3_core", "check"]
 
 
 def test_ci_gets_no_colours(dev, monkeypatch):

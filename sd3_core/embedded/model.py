@@ -3,7 +3,11 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from .requests import advice
+from torch import Tensor
+
+from .checker import read
+from .requests import advice, parse
+from .verdict import sentence
 
 NAME = "sd3-tiny-1"  # never given to other weights
 FILE = Path(__file__).with_name(f"{NAME}.safetensors")
@@ -19,3 +23,12 @@ def note(metadata: Mapping[str, str], prompt: str) -> str | None:
     """A line for a prompt with words that the embedded model was never taught; for no other one."""
     found = advice(prompt) if is_embedded(metadata) else None
     return found and f"the embedded model draws coloured shapes: {found}"
+
+
+def check(picture: Tensor, prompt: str) -> str:
+    """A line on what a picture [1, 3, H, W] in -1..1 shows of what was asked for.
+
+    Raises ValueError for a prompt outside of the model's world.
+    """
+    request = parse(prompt)
+    return sentence(read(picture)[0], request)

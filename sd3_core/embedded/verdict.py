@@ -1,5 +1,6 @@
 """What is seen in a picture against what was asked for, attribute by attribute."""
 
+from collections import Counter
 from dataclasses import dataclass, fields
 from itertools import permutations
 
@@ -44,6 +45,25 @@ def judge(reading: Reading, request: Request) -> Verdict:
         for order in permutations([*seen, *[None] * (len(asked) - len(seen))], len(asked))
     ]
     return max(verdicts, key=lambda verdict: (verdict.binding is not False, -len(verdict.wrong())))
+
+
+def sentence(reading: Reading, request: Request) -> str:
+    """What is seen and whether it was asked for, as "seen: 2 red circle on white; as asked."."""
+    wrong = judge(reading, request).wrong()
+    rest = "as asked" if not wrong else f"not as asked: {', '.join(wrong)}"
+    return f"seen: {described(reading)}; {rest}."
+
+
+def described(reading: Reading) -> str:
+    """A picture's things in words, equal ones counted."""
+    kinds = Counter(
+        f'word "{one.text}" in {one.colour or "mixed colours"}'
+        if one.text
+        else f"{one.colour or 'mixed'} {one.shape or 'shape of no kind'}"
+        for one in reading.things
+    )
+    things = ", ".join(f"{count} {kind}" for kind, count in kinds.items()) or "nothing"
+    return f"{things} on {reading.ground}"
 
 
 def satisfies(reading: Reading, request: Request) -> bool:

@@ -309,7 +309,7 @@ def link_pack(place: Path) -> None:
     for entry in embedded.iterdir():
         if entry.name != "__pycache__":
             (place / "sd3_core" / "embedded" / entry.name).symlink_to(entry)
-    made = place / "sd3_core" / "embedded" / "generated.safetensors"
+    made = place / "sd3_core" / "embedded" / "sd3-tiny-1.safetensors"
     script = PACK / "tests" / "support" / "generated_model.py"
     subprocess.run([sys.executable, str(script), str(made)], check=True)
 

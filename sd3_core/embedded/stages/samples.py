@@ -1,4 +1,4 @@
-"""Pictures of a training step, by counters: the same on every machine, however a run is cut."""
+"""Pictures of a training step, by counters: the same wherever a run is stopped and taken up."""
 
 from collections.abc import Mapping, Sequence
 

@@ -1,0 +1,315 @@
+"""The stages that make the embedded model: laws of their parts, and all at a tiny budget."""
+
+import dataclasses
+import re
+
+import pytest
+import torch
+from sd3_pack.sd3_core.conditioning import Conditioning
+from sd3_pack.sd3_core.embedded.captions import full_caption, short_caption
+from sd3_pack.sd3_core.embedded.drawing import Painter
+from sd3_pack.sd3_core.embedded.requests import known_words
+from sd3_pack.sd3_core.embedded.scenes import scenes
+from sd3_pack.sd3_core.embedded.stages import vae as vae_stage
+from sd3_pack.sd3_core.embedded.stages.flow import (
+    FlowStage,
+    ShelfTask,
+    explicit_attention,
+    new_mmdit,
+)
+from sd3_pack.sd3_core.embedded.stages.make import (
+    BUDGETS,
+    STAGES,
+    Budget,
+    Maker,
+    large_pictures,
+    small_pictures,
+)
+from sd3_pack.sd3_core.embedded.stages.samples import crops
+from sd3_pack.sd3_core.embedded.stages.shelf import PARTS, Encoders, Shelf, assemble, caption
+from sd3_pack.sd3_core.embedded.stages.text import (
+    WINDOW,
+    CLIPStage,
+    T5Stage,
+    T5Task,
+    clip_configs,
+    same_elsewhere,
+    t5_config,
+)
+from sd3_pack.sd3_core.embedded.stages.vae import VAEStage, VAETask, fold_statistics, new_vae
+from sd3_pack.sd3_core.embedded.stages.words import write_tokenizers
+from sd3_pack.sd3_core.models.attention import attention
+from sd3_pack.sd3_core.models.clip import CLIPTextModel
+from sd3_pack.sd3_core.models.t5 import T5Encoder
+from sd3_pack.sd3_core.models.vae import to_model_space
+from sd3_pack.sd3_core.settings import Files, Settings
+from sd3_pack.sd3_core.text.encoders import TextEncoders
+from sd3_pack.sd3_core.text.vocabularies import find_tokenizers
+
+CPU, FLOAT = torch.device("cpu"), torch.float32
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory):
+    folder = write_tokenizers(tmp_path_factory.mktemp("words"))
+    return find_tokenizers(("clip_l", "clip_g", "t5"), directory=folder)
+
+
+@pytest.fixture(scope="module")
+def networks(words):
+    """Text encoders with random weights."""
+    torch.manual_seed(0)
+    clips = {name: CLIPTextModel(config) for name, config in clip_configs(words).items()}
+    return {**clips, "t5": T5Encoder(t5_config(words))}
+
+
+# --- words -------------------------------------------------------------------------------------
+
+
+def test_every_word_of_the_world_is_one_token_of_clip(words):
+    single = [word for word in known_words() if re.fullmatch("[a-z]+", word)]
+    assert len(single) > 50
+    assert [word for word in single if len(words.clip_l.ids(word)) != 1] == []
+
+
+def test_any_other_text_is_spelled(words):
+    """CLIP by bytes; T5 by characters where it knows them."""
+    ids = words.clip_l.ids("Zebra übermorgen 7")
+    assert len(ids) > 10
+    assert max(ids) < words.clip_l.size
+    assert words.t5.unknown not in words.t5.ids("Zebra XYZ 7!")
+    assert words.t5.unknown in words.t5.ids("ü")
+
+
+def test_specials_stand_where_the_released_tokenizers_have_them(words):
+    assert (words.t5.pad, words.t5.end, words.t5.unknown) == (0, 1, 2)
+    assert (words.clip_l.start, words.clip_l.end) == (words.clip_l.size - 2, words.clip_l.size - 1)
+    assert words.clip_l.pad == words.clip_l.end
+    assert words.clip_g.pad == 0
+
+
+def test_captions_fit_into_a_window(words):
+    some = scenes(3, range(300))
+    longest = [caption(one, number, words) for number, one in enumerate(some)]
+    assert max(len(words.clip_l.ids(text)) for text in longest) <= WINDOW - 2
+    assert max(len(words.t5.ids(text)) for text in longest) <= WINDOW - 1
+    full = [full_caption(one, number) for number, one in enumerate(some)]
+    told_in_full = sum(text in full for text in longest[0::2])
+    assert told_in_full > 120  # of 150: few are too long
+
+
+# --- the autoencoder ---------------------------------------------------------------------------
+
+
+def test_squares_hold_the_thing_they_are_cut_around():
+    some = scenes(1, range(40), (128, 128), kinds={"single": 1.0})
+    squares = crops(some, 32, 0, 5)
+    assert squares.shape == (40, 3, 32, 32)
+    assert ((squares - squares[:, :, :1, :1]).abs().amax((1, 2, 3)) > 0.1).all()
+    assert torch.equal(squares, crops(some, 32, 0, 5))
+    assert not torch.equal(squares, crops(some, 32, 0, 6))
+
+
+def test_folding_the_statistics_gives_sd3s_and_the_decoder_sees_the_same():
+    """But for the border, around which its first layer sees zeros."""
+    config = VAEStage()
+    vae = new_vae(config)
+    with torch.no_grad():
+        vae.encoder.conv_out.weight[:16] *= torch.linspace(0.2, 3, 16)[:, None, None, None]
+        vae.encoder.conv_out.bias[:16] += torch.linspace(-2, 2, 16)
+    task = VAETask(vae, config, CPU, FLOAT)
+    pictures = vae_stage.draw(scenes(0, range(2), (128, 128)))
+    with torch.no_grad():
+        first = vae.decoder.conv_in(task.encode(pictures).mean)
+        spread = task.encode(pictures).logvar
+    mean, std = fold_statistics(vae, task, count=64)
+    with torch.no_grad():
+        posterior = task.encode(pictures)
+        again = vae.decoder.conv_in(posterior.mean)
+    torch.testing.assert_close(again[..., 1:-1, 1:-1], first[..., 1:-1, 1:-1], rtol=1e-3, atol=1e-4)
+    narrower = (posterior.logvar - spread).mean((0, 2, 3))
+    torch.testing.assert_close(narrower, -2 * (std * 1.5305).log(), rtol=1e-3, atol=1e-3)
+    latents = [
+        to_model_space(task.encode(vae_stage.draw(scenes(0, range(start, start + 32), size))).mean)
+        for start, size in ((0, (64, 64)), (32, (128, 128)))
+    ]
+    every = torch.cat([one.detach().transpose(0, 1).flatten(1) for one in latents], dim=1)
+    torch.testing.assert_close(every.mean(1), torch.zeros(16), rtol=0, atol=1e-3)
+    torch.testing.assert_close(every.std(1), torch.ones(16), rtol=1e-3, atol=0)
+    assert mean.shape == std.shape == (16,)
+
+
+def test_the_decoder_stage_leaves_the_encoder_alone():
+    config = VAEStage(batch_size=2)
+    task = VAETask(new_vae(config), config, CPU, FLOAT, decoder_only=True)
+    assert all(name.startswith("decoder.") for name in task.parameters)
+    losses = task.loss(0, range(2), 2)
+    losses.each.sum().backward()
+    assert all(parameter.grad is None for parameter in task.vae.encoder.parameters())
+    assert task.vae.decoder.conv_in.weight.grad.abs().sum() > 0
+
+
+# --- words and pictures ------------------------------------------------------------------------
+
+
+def test_equal_captions_are_no_wrong_answers():
+    expected = torch.tensor([[0, 0, 1], [0, 0, 0], [1, 0, 0]], dtype=torch.bool)
+    assert torch.equal(same_elsewhere(["a", "b", "a"]), expected)
+
+
+def test_gaps_can_be_filled_back(words):
+    task = T5Task(words, T5Stage(), CPU, FLOAT)
+    sentinels = range(words.t5.size, t5_config(words).vocab_size)
+    for number, one in enumerate(scenes(2, range(60))):
+        ids = words.t5.ids(short_caption(one, number))
+        left, taken = task._gaps(ids, number)
+        fillings, filled = {}, []
+        for token in taken:
+            if token in sentinels:
+                fillings[token] = filling = []
+            else:
+                filling.append(token)
+        for token in left:
+            filled += fillings.get(token, [token])
+        assert filled == ids
+        assert set(fillings) <= set(sentinels)
+
+
+def test_batches_of_captions_become_what_single_prompts_do(words, networks):
+    encoders = Encoders(words, new_vae(VAEStage()), **networks)
+    single = TextEncoders(
+        words,
+        context_dim=256,
+        pooled_dim=192,
+        **{name: (lambda network=network: network) for name, network in networks.items()},
+        window=WINDOW,
+    )
+    texts = ["a red circle", "The picture shows two small blue stars on grey.", ""]
+    many = assemble(encoders.read(texts))
+    with torch.no_grad():
+        each = Conditioning.cat([single.encode(text).conditioning for text in texts])
+    torch.testing.assert_close(many.context, each.context, rtol=0, atol=2e-5)
+    torch.testing.assert_close(many.pooled, each.pooled, rtol=0, atol=2e-5)
+
+
+# --- rectified flow ----------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def shelf():
+    """Fifty made-up pictures."""
+    made = Shelf.__new__(Shelf)
+    draws = torch.Generator().manual_seed(0)
+    shapes = {
+        "latents": (16, 8, 8),
+        "clip_l": (WINDOW, 64),
+        "clip_l.pooled": (64,),
+        "clip_g": (WINDOW, 128),
+        "clip_g.pooled": (128,),
+        "t5": (WINDOW, 256),
+    }
+    made.tensors = {
+        name: torch.randn(50, *shape, generator=draws).half() for name, shape in shapes.items()
+    }
+    made.tensors |= {
+        f"empty.{name}": torch.randn(1, *shapes[name], generator=draws).half() for name in PARTS
+    }
+    return made
+
+
+def test_the_first_loss_is_that_of_saying_nothing(shelf):
+    task = ShelfTask(new_mmdit(0), [(shelf, 1.0)], shelf, FlowStage(), CPU, FLOAT)
+    with torch.no_grad():
+        first = task.loss(0, range(64), 64).each
+    assert 1.9 < float(first.mean()) < 2.1  # E|noise - x0|² of unit variances
+    assert task.validate()["loss"] == pytest.approx(2.0, abs=0.1)
+
+
+def test_a_dropped_encoder_is_zero_and_the_others_stay(shelf):
+    places = torch.arange(4)
+    told = torch.tensor([False, False, False, False])
+    whole = shelf.conditioning(places, told, {})
+    where = torch.tensor([True, False, False, True])
+    for name, rows, columns, pooled in (
+        ("clip_l", slice(0, WINDOW), slice(0, 64), slice(0, 64)),
+        ("clip_g", slice(0, WINDOW), slice(64, 192), slice(64, 192)),
+        ("t5", slice(WINDOW, None), slice(None), slice(0, 0)),
+    ):
+        less = shelf.conditioning(places, told, {name: where})
+        expected = whole.context.clone()
+        expected[where, rows, columns] = 0
+        assert torch.equal(less.context, expected)
+        vectors = whole.pooled.clone()
+        vectors[where, pooled] = 0
+        assert torch.equal(less.pooled, vectors)
+    assert whole.context[:, :WINDOW, 192:].abs().sum() == 0
+
+
+def test_an_untold_picture_has_the_empty_prompt(shelf):
+    untold = torch.tensor([False, True])
+    given = shelf.conditioning(torch.tensor([3, 4]), untold, {})
+    empty = assemble({name: shelf.tensors[f"empty.{name}"].float() for name in PARTS})
+    assert torch.equal(given.context[1], empty.context[0])
+    assert torch.equal(given.pooled[1], empty.pooled[0])
+    assert not torch.equal(given.context[0], empty.context[0])
+
+
+def test_encoders_are_dropped_in_the_last_part_only():
+    config = FlowStage(steps=10, encoder_dropout=0.5, encoder_dropout_from=0.6)
+    task = ShelfTask.__new__(ShelfTask)
+    task.config = config
+    assert [task._encoder_dropout(step) for step in (0, 5, 6, 9)] == [0, 0, 0.5, 0.5]
+
+
+def test_explicit_attention_is_attention():
+    q, k, v = torch.randn(3, 2, 3, 7, 64, generator=torch.Generator().manual_seed(0)).unbind()
+    torch.testing.assert_close(explicit_attention(q, k, v), attention(q, k, v))
+
+
+# --- all of it ---------------------------------------------------------------------------------
+
+SMALLEST = Budget(
+    vae=VAEStage(steps=4, batch_size=2, warmup=1, sample_every=4),
+    decoder=VAEStage(steps=2, batch_size=2, warmup=1, sample_every=0),
+    clip=CLIPStage(steps=3, batch_size=8, warmup=1),
+    t5=T5Stage(steps=3, batch_size=8, warmup=1),
+    small=small_pictures(16),
+    flow_64=FlowStage(steps=3, batch_size=4, warmup=1),
+    large=large_pictures(16),
+    flow_128=FlowStage(steps=3, batch_size=4, warmup=1, shift=2.0),
+)
+
+
+@pytest.mark.long
+def test_all_stages_make_a_model_that_draws(tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        "sd3_pack.sd3_core.embedded.stages.make.HELD_PICTURES", 8
+    )  # the budget is small in everything
+    notes = []
+    maker = Maker(tmp_path, SMALLEST, "cpu", "fp32", on_note=notes.append)
+    with pytest.raises(ValueError, match="run the stage vae first"):
+        maker.decoder()
+    for stage in STAGES.values():
+        made = stage(maker)
+    assert made.stat().st_size < 15_000_000
+    pictures = Painter(Files(checkpoint=made), Settings(prompt="", steps=2))(["a red star"] * 2, 1)
+    assert pictures.shape == (2, 3, 128, 128)
+    assert not torch.equal(pictures[0], pictures[1])
+    notes.clear()
+    for stage in STAGES.values():
+        stage(maker)
+    finished = [note for note in notes if note.endswith("is finished")]
+    assert len(finished) == 6  # every stage that learns: nothing is done twice
+    longer = dataclasses.replace(SMALLEST.t5, steps=5)
+    again = Maker(tmp_path, dataclasses.replace(SMALLEST, t5=longer), "cpu", "fp32")
+    again.t5()
+    assert (tmp_path / "sd3" / "tiny-t5" / "state" / "step-00000005.safetensors").exists()
+
+
+def test_budgets_name_every_scene_once():
+    """Shelves of a budget do not share scenes, so that shares mean what they say."""
+    for budget in BUDGETS.values():
+        for shelves in (budget.small, budget.large):
+            numbers = [number for one in shelves for number in (one.scenes.start, one.scenes.stop)]
+            assert numbers == sorted(numbers)
+            assert sum(one.share for one in shelves) == pytest.approx(1)
