@@ -5,11 +5,12 @@ from typing import Any
 
 from comfy_api.latest import ComfyExtension
 
-from . import routes
+from . import pick, routes
 from .datasets import SD3Preferences, SD3TrainingImages
 from .latents import SD3EmptyLatent, SD3VAEDecode, SD3VAEEncode
 from .loaders import SD3LoadCheckpoint, SD3LoadMMDiT, SD3LoadTextEncoders, SD3LoadVAE
 from .lora import SD3LoadLoRA
+from .pick import SD3Pick
 from .sampling import SD3Sample, SD3ShiftSchedule
 from .text import SD3EncodePrompt
 from .training import SD3SaveLoRA, SD3TimestepDensity, SD3TrainDPO, SD3TrainLoRA
@@ -35,6 +36,7 @@ TRAINING_NODES: list[Any] = [
     SD3TrainLoRA,
     SD3TrainDPO,
     SD3SaveLoRA,
+    SD3Pick,
 ]
 
 
@@ -46,4 +48,7 @@ def training_allowed() -> bool:
 class SD3Extension(ComfyExtension):
     async def get_node_list(self) -> list[Any]:
         routes.register()
-        return [*NODES, *(TRAINING_NODES if training_allowed() else [])]
+        if not training_allowed():
+            return NODES
+        pick.register()
+        return [*NODES, *TRAINING_NODES]

@@ -6,7 +6,7 @@ in one that is registered as `datasets`.
 
 import hashlib
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..sd3_core.training.folders import Source, list_pictures
-from ..sd3_core.training.preferences import list_pairs
+from ..sd3_core.training.preferences import CHOSEN, REJECTED, list_pairs
 from ..sd3_core.training.report import some_names
 from ._compat import advanced, schema
 from .comfy_text import tokenizer_files
@@ -126,26 +126,36 @@ def tokenizer_file(files: dict[str, Path]) -> Path | None:
 # Pictures from the graph
 
 
-def keep_pictures(images: Tensor, captions: Sequence[str]) -> Path:
-    """Write an IMAGE [B, H, W, 3] with its captions as a folder in ComfyUI's temporary folder.
+def keep_pictures(images: Mapping[str, Tensor], captions: Sequence[str]) -> Path:
+    """Write IMAGEs [B, H, W, 3] with their captions as a folder in ComfyUI's temporary folder.
 
-    8 bits, as SaveImage keeps them; the folder is named by its content.
+    images: by the folder inside it that they go to; "": the folder itself.  8 bits, as SaveImage
+    keeps them; the folder is named by its content.
     """
-    levels = (images.detach().float().cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8)
-    digest = hashlib.sha256(levels.tobytes() + repr(list(captions)).encode()).hexdigest()[:16]
+    levels = {side: as_levels(batch) for side, batch in images.items()}
+    content = hashlib.sha256(repr(list(captions)).encode())
+    for side, batch in levels.items():
+        content.update(repr((side, batch.shape)).encode() + batch.tobytes())
+    digest = content.hexdigest()[:16]
     home = Path(folder_paths.get_temp_directory()) / "sd3_pictures"
     folder = home / digest
     if folder.exists():
         return folder
     home.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=home) as making:
-        place = Path(making) / digest
-        place.mkdir()
-        for number, (pixels, caption) in enumerate(zip(levels, captions, strict=True), 1):
-            Image.fromarray(pixels).save(place / f"{number:05}.png", compress_level=1)
-            (place / f"{number:05}.txt").write_text(caption, encoding="utf-8")
-        place.rename(folder)
+        whole = Path(making) / digest
+        for side, batch in levels.items():
+            place = whole / side
+            place.mkdir(parents=True)
+            for number, (pixels, caption) in enumerate(zip(batch, captions, strict=True), 1):
+                Image.fromarray(pixels).save(place / f"{number:05}.png", compress_level=1)
+                (place / f"{number:05}.txt").write_text(caption, encoding="utf-8")
+        whole.rename(folder)
     return folder
+
+
+def as_levels(images: Tensor) -> np.ndarray:
+    return (images.detach().float().cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def caption_of_each(captions: str, count: int) -> list[str]:
@@ -160,6 +170,19 @@ def caption_of_each(captions: str, count: int) -> list[str]:
             "line for all.",
         )
     return lines
+
+
+def keep_pairs(chosen: Tensor | None, rejected: Tensor | None, captions: str) -> Path:
+    """Raises NodeError unless there are as many of each."""
+    if chosen is None or rejected is None or len(chosen) != len(rejected):
+        counts = ["no" if side is None else str(len(side)) for side in (chosen, rejected)]
+        raise NodeError(
+            "bad_setting",
+            f"{counts[0]} chosen and {counts[1]} rejected pictures are connected and folder is "
+            "empty: name a folder of pairs, or connect as many of each.",
+        )
+    sides = {CHOSEN: chosen, REJECTED: rejected}
+    return keep_pictures(sides, caption_of_each(captions, len(chosen)))
 
 
 # Nodes
@@ -250,7 +273,7 @@ class SD3TrainingImages(io.ComfyNode):
         if images is None:
             path = find_data(folder)
         else:
-            path = keep_pictures(images, caption_of_each(captions, len(images)))
+            path = keep_pictures({"": images}, caption_of_each(captions, len(images)))
         with coded("bad_setting"):
             source = Source(path, repeats)
             listing = list_pictures(source)
@@ -286,7 +309,30 @@ class SD3Preferences(io.ComfyNode):
                         "folder",
                         default="",
                         tooltip="A folder (or .jsonl file) in ComfyUI's input or output folder; "
-                        "SD3 Pick writes to sd3/picks/NAME.",
+                        "SD3 Pick writes to sd3_picks/NAME. Empty: the pictures connected below.",
+                    ),
+                    *advanced(
+                        [
+                            io.Image.Input(
+                                CHOSEN,
+                                optional=True,
+                                tooltip="Pictures of the graph that are preferred, instead of a "
+                                "folder.",
+                            ),
+                            io.Image.Input(
+                                REJECTED,
+                                optional=True,
+                                tooltip="What each of them is preferred to, in the same order.",
+                            ),
+                            io.String.Input(
+                                "captions",
+                                multiline=True,
+                                default="",
+                                optional=True,
+                                tooltip="For the pictures of the graph: a line for each pair, or "
+                                "one line for all.",
+                            ),
+                        ]
                     ),
                 ],
                 "outputs": [
@@ -299,16 +345,24 @@ class SD3Preferences(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, folder: str) -> bool | str:
-        return folder_fault(folder) if folder is not None else True
+        return folder_fault(folder) if folder and folder.strip() else True
 
     @classmethod
     def fingerprint_inputs(cls, folder: str, **others: Any) -> str:
-        return data_fingerprint(folder) if folder else ""
+        return data_fingerprint(folder) if folder and folder.strip() else ""
 
     @classmethod
-    def execute(cls, clip: Any, vae: Any, folder: str) -> io.NodeOutput:
+    def execute(
+        cls,
+        clip: Any,
+        vae: Any,
+        folder: str,
+        chosen: Tensor | None = None,
+        rejected: Tensor | None = None,
+        captions: str = "",
+    ) -> io.NodeOutput:
         files = encoder_files(clip, vae)
-        path = find_data(folder)
+        path = find_data(folder) if folder.strip() else keep_pairs(chosen, rejected, captions)
         with coded("bad_setting"):
             listing = list_pairs(Source(path))
         if not listing.pairs:

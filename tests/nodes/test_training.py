@@ -180,6 +180,18 @@ def test_pictures_of_the_graph_are_taught_as_those_of_a_folder(tiny_three):
     assert len(train(tiny_three[0], again, steps=1).args[2]["loss"]) == 1
 
 
+def test_pairs_of_the_graph_are_preferences(tiny_three):
+    clip, vae = tiny_three[1:]
+    chosen, rejected = torch.rand(2, 64, 64, 3), torch.rand(2, 64, 64, 3)
+    output = SD3Preferences.execute(clip, vae, "", chosen, rejected, "one for all")
+    assert (told(output)["pairs"], told(output)["captions"]) == (2, ["one for all"])
+    losses = train(tiny_three[0], output.args[0], SD3TrainDPO, steps=1).args[2]["loss"]
+    assert losses[0] == pytest.approx(0.693147, abs=1e-5)
+    for sides in ((chosen, None), (chosen, rejected[:1]), (None, None)):
+        with pytest.raises(NodeError, match="name a folder of pairs, or connect as many"):
+            SD3Preferences.execute(clip, vae, "", *sides)
+
+
 def test_the_density_decides_shift_and_window(tiny_three, pictures, places):
     density = SD3TimestepDensity.execute("mode", 1.5, mode_scale=0.5, lowest_sigma=0.2)
     report = told(density)

@@ -1,0 +1,282 @@
+"""SD3 Pick: candidates go into a backlog, the person picks on the node whenever they like.
+
+Nothing waits: the node hands its pictures on and the votes come later, by the two addresses below.
+"""
+
+import asyncio
+import io as streams
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import folder_paths
+from aiohttp import web
+from comfy_api.latest import io
+from PIL import Image
+from server import PromptServer
+from torch import Tensor
+
+from ..sd3_core.training.picks import MOST, PICTURES, Group, PickRefused, Picks
+from ..sd3_core.training.run import named_folder
+from ._compat import advanced, schema
+from .errors import NodeError, coded
+from .wires import CATEGORY, origin_of, report
+
+HOME = "sd3_picks"  # in ComfyUI's output folder
+ADDRESS = "/sd3_workbench/picks/{name}"
+LARGEST_BODY = 4096  # bytes of a vote
+FIELDS = {"group", "best", "worst", "verdict", "undo"}
+
+
+def pick_folder(name: str) -> Path:
+    """Raises ValueError for a name that is no plain folder name."""
+    return named_folder(Path(folder_paths.get_output_directory()) / HOME, name, "pick_name")
+
+
+# Addresses
+
+
+def state(picks: Picks) -> dict[str, Any]:
+    """What the node shows: the next group, how many wait, what a blind comparison says so far.
+
+    Pictures come in a shuffled order and without their arms; ComfyUI's /view serves them.
+    """
+    waiting = picks.open_groups()
+    comparison = picks.comparison()
+    following = None
+    if waiting:
+        group = waiting[0]
+        following = {"id": group.id, "prompt": group.prompt, "pictures": group.shown()}
+    return {
+        "group": following,
+        "open": len(waiting),
+        "decided": len(picks.votes()),
+        "comparison": None if comparison is None else asdict(comparison),
+        "subfolder": f"{HOME}/{picks.folder.name}/{PICTURES}",
+    }
+
+
+def read_vote(body: bytes) -> dict[str, Any]:
+    """Raises ValueError for anything but a small object of the known fields, all text."""
+    try:
+        fields = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise ValueError("the body is no JSON.") from error
+    if not isinstance(fields, dict) or set(fields) - FIELDS:
+        raise ValueError(f"expected an object of {', '.join(sorted(FIELDS))}.")
+    if any(name != "undo" and not isinstance(value, str) for name, value in fields.items()):
+        raise ValueError("group, best, worst and verdict are text.")
+    if fields.get("undo", True) is not True or ("undo" in fields) == ("group" in fields):
+        raise ValueError('give a group with its vote, or {"undo": true}.')
+    return fields
+
+
+def cast_vote(picks: Picks, fields: dict[str, Any]) -> dict[str, Any]:
+    if "undo" in fields:
+        picks.undo()
+    else:
+        known = {name: fields.get(name, "") for name in ("best", "worst", "verdict")}
+        picks.vote(fields["group"], **known)
+    return state(picks)
+
+
+async def answered(request: web.Request, work: Callable[[Picks], dict[str, Any]]) -> web.Response:
+    """The work's answer as JSON; 400 for a name, 404 for no such folder, 409 for a refused vote."""
+    try:
+        folder = pick_folder(request.match_info["name"])
+    except ValueError as error:
+        return web.json_response({"error": str(error)}, status=400)
+    if not folder.is_dir():
+        return web.json_response({"error": f"no picks named {folder.name!r} yet."}, status=404)
+    try:
+        return web.json_response(await asyncio.to_thread(work, Picks(folder)))
+    except PickRefused as error:
+        return web.json_response({"error": str(error)}, status=409)
+
+
+async def show(request: web.Request) -> web.Response:
+    return await answered(request, state)
+
+
+async def vote(request: web.Request) -> web.Response:
+    if request.content_type != "application/json":  # no other page's form can send it
+        return web.json_response({"error": "send application/json."}, status=415)
+    body = await request.content.read(LARGEST_BODY + 1)
+    if len(body) > LARGEST_BODY:
+        return web.json_response({"error": f"a vote has at most {LARGEST_BODY} bytes."}, status=413)
+    try:
+        fields = read_vote(body)
+    except ValueError as error:
+        return web.json_response({"error": str(error)}, status=400)
+    return await answered(request, lambda picks: cast_vote(picks, fields))
+
+
+def register() -> None:
+    """Where a server runs; ComfyUI's library alone has none."""
+    server = getattr(PromptServer, "instance", None)
+    if server is not None:
+        server.routes.get(ADDRESS)(show)
+        server.routes.post(ADDRESS)(vote)
+
+
+# Node
+
+
+def png(pixels: Tensor) -> bytes:
+    """[H, W, 3] in 0..1 -> a PNG without any metadata: it must not tell who drew it."""
+    levels = (pixels.detach().float().cpu() * 255).round().clamp(0, 255).byte().numpy()
+    data = streams.BytesIO()
+    Image.fromarray(levels).save(data, format="PNG", compress_level=4)
+    return data.getvalue()
+
+
+def grouped(pictures: Sequence[bytes]) -> list[Sequence[bytes]]:
+    """Candidates of one prompt in groups of 2 to 4, as even as can be."""
+    count = -(-len(pictures) // MOST)
+    size, larger = divmod(len(pictures), count)
+    groups, start = [], 0
+    for number in range(count):
+        end = start + size + (number < larger)
+        groups.append(pictures[start:end])
+        start = end
+    return groups
+
+
+def add_candidates(
+    picks: Picks,
+    images: Tensor,
+    rivals: Tensor | None,
+    arms: tuple[str, str],
+    prompt: str,
+    seed: int | None,
+    model: str,
+) -> list[Group]:
+    """Raises NodeError for pictures that cannot be compared."""
+    about = {"seed": seed, "model": model}
+    own = [png(pixels) for pixels in images]
+    if rivals is None:
+        if len(own) < 2:
+            raise NodeError(
+                "bad_setting",
+                "one picture is no choice: draw a batch of 2 to 4 for the prompt, or connect "
+                "images_b to compare two settings.",
+            )
+        return [picks.add(prompt, group, **about) for group in grouped(own)]
+    if len(own) != len(rivals):
+        raise NodeError(
+            "bad_setting",
+            f"images has {len(own)} pictures and images_b {len(rivals)}: a blind comparison needs "
+            "as many of each, drawn with the same prompts and seeds.",
+        )
+    if arms[0] == arms[1]:
+        raise NodeError(
+            "bad_setting", f"label_a and label_b are both {arms[0]!r}; name them apart."
+        )
+    pairs = zip(own, map(png, rivals), strict=True)
+    return [picks.add(prompt, pair, arms=arms, **about) for pair in pairs if pair[0] != pair[1]]
+
+
+class SD3Pick(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        return schema(
+            {
+                "node_id": "SD3Pick",
+                "display_name": "SD3 Pick",
+                "category": f"{CATEGORY}/training",
+                "description": "Collect pictures and pick the better ones on the node, now or "
+                "tomorrow: the queue never waits. The picks are pairs for SD3 Preferences. With "
+                "images_b it is a blind comparison of two settings.",
+                "search_aliases": ["vote", "choose", "rate", "compare", "a/b test", "preference"],
+                "is_output_node": True,
+                "inputs": [
+                    io.Image.Input(
+                        "images", tooltip="Candidates that one prompt made, 2 to 4 a choice."
+                    ),
+                    io.String.Input(
+                        "pick_name",
+                        default="my-picks",
+                        tooltip="Names the folder of the picks, output/sd3_picks/NAME.",
+                    ),
+                    io.String.Input(
+                        "prompt",
+                        multiline=True,
+                        default="",
+                        tooltip="What the pictures were drawn from; it is stored with the picks.",
+                    ),
+                    *advanced(
+                        [
+                            io.Image.Input(
+                                "images_b",
+                                optional=True,
+                                tooltip="The same prompts and seeds with another setting or model.",
+                            ),
+                            io.String.Input(
+                                "label_a",
+                                default="A",
+                                optional=True,
+                                tooltip="Names the setting of images; not shown before the vote.",
+                            ),
+                            io.String.Input(
+                                "label_b",
+                                default="B",
+                                optional=True,
+                                tooltip="Names the setting of images_b.",
+                            ),
+                            io.Int.Input(
+                                "seed",
+                                default=0,
+                                min=0,
+                                max=2**64 - 1,
+                                optional=True,
+                                tooltip="Of the pictures; stored with the picks.",
+                            ),
+                            io.Model.Input(
+                                "model",
+                                optional=True,
+                                tooltip="What drew them; its file is stored with the picks.",
+                            ),
+                        ]
+                    ),
+                ],
+                "outputs": [io.Image.Output(tooltip="The pictures as they came.")],
+            }
+        )
+
+    @classmethod
+    def validate_inputs(cls, pick_name: str) -> bool | str:
+        try:
+            if pick_name is not None:
+                pick_folder(pick_name)
+        except ValueError as error:
+            return f"SD3:bad_setting: {error}"
+        return True
+
+    @classmethod
+    def execute(
+        cls,
+        images: Tensor,
+        pick_name: str,
+        prompt: str,
+        images_b: Tensor | None = None,
+        label_a: str = "A",
+        label_b: str = "B",
+        seed: int | None = None,
+        model: Any = None,
+    ) -> io.NodeOutput:
+        with coded("bad_setting"):
+            picks = Picks(pick_folder(pick_name))
+            file = "" if model is None else origin_of(model).files.get("mmdit", {}).get("file", "")
+            arms = (label_a.strip(), label_b.strip())
+            groups = add_candidates(picks, images, images_b, arms, prompt.strip(), seed, file)
+        shown = state(picks)
+        contents = {
+            "pick_name": pick_name,
+            "added": len(groups),
+            "open": shown["open"],
+            "decided": shown["decided"],
+            "comparison": shown["comparison"],
+        }
+        return io.NodeOutput(images, ui=report(contents))

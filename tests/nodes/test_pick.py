@@ -1,0 +1,261 @@
+"""SD3 Pick: the node beside the queue, and its two addresses under everything that may be sent."""
+
+import asyncio
+import json
+
+import pytest
+import torch
+from aiohttp import web
+from aiohttp.test_utils import TestClient, TestServer
+from sd3_pack.nodes import pick
+from sd3_pack.nodes.errors import NodeError
+from sd3_pack.nodes.pick import SD3Pick
+from sd3_pack.sd3_core.training.picks import Picks
+
+
+@pytest.fixture(autouse=True)
+def output(tmp_path, monkeypatch):
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "output_directory", str(tmp_path / "output"))
+    return tmp_path / "output"
+
+
+def images(count, seed=0):
+    return torch.rand(count, 64, 64, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def told(result):
+    return result.ui["sd3_report"][0]
+
+
+def talk(*requests):
+    """The answers to (method, path, options) on a server of the two addresses alone."""
+
+    async def run():
+        application = web.Application()
+        application.router.add_get(pick.ADDRESS, pick.show)
+        application.router.add_post(pick.ADDRESS, pick.vote)
+        answers = []
+        async with TestClient(TestServer(application)) as client:
+            for method, path, options in requests:
+                async with client.request(method, path, **options) as answer:
+                    text = await answer.text()
+                    is_json = answer.content_type == "application/json"
+                    answers.append((answer.status, json.loads(text) if is_json else text))
+        return answers
+
+    with torch.inference_mode(False):
+        return asyncio.run(run())
+
+
+def ask(name="mine"):
+    return talk(("GET", f"/sd3_workbench/picks/{name}", {}))[0]
+
+
+def send(body, name="mine"):
+    return talk(("POST", f"/sd3_workbench/picks/{name}", {"json": body}))[0]
+
+
+# The node
+
+
+def test_pictures_pass_through_and_wait_in_the_backlog():
+    batch = images(3)
+    result = SD3Pick.execute(batch, "mine", " a circle ", seed=5)
+    assert torch.equal(result.args[0], batch)
+    assert told(result) == {
+        "pick_name": "mine",
+        "added": 1,
+        "open": 1,
+        "decided": 0,
+        "comparison": None,
+    }
+    assert told(SD3Pick.execute(batch, "mine", "a circle", seed=5))["open"] == 1
+
+
+@pytest.mark.parametrize(("count", "sizes"), [(2, [2]), (4, [4]), (5, [3, 2]), (9, [3, 3, 3])])
+def test_a_batch_is_cut_into_groups_of_two_to_four(output, count, sizes):
+    SD3Pick.execute(images(count), "mine", "x")
+    groups = Picks(output / "sd3_picks" / "mine").groups().values()
+    assert [len(group.pictures) for group in groups] == sizes
+
+
+def test_two_settings_are_compared_blindly(output):
+    SD3Pick.execute(images(3), "mine", "x", images(3, seed=1), "cfg 3", "cfg 7")
+    picks = Picks(output / "sd3_picks" / "mine")
+    assert [group.arms for group in picks.groups().values()] == [("cfg 3", "cfg 7")] * 3
+    status, seen = ask()
+    assert status == 200
+    assert "cfg" not in json.dumps(seen)
+    for group in picks.open_groups():
+        status, seen = send({"group": group.id, "best": group.pictures[1]})
+        assert status == 200
+    assert seen["comparison"]["wins"] == [0, 3]
+    assert seen["comparison"]["arms"] == ["cfg 3", "cfg 7"]
+    assert seen["group"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((images(1), "mine", "x"), "one picture is no choice"),
+        ((images(2), "mine", "x", images(3)), "images has 2 pictures and images_b 3"),
+        ((images(2), "mine", "x", images(2, 1), "A", "A"), "name them apart"),
+        ((images(2), "../mine", "x"), "pick_name is '../mine'"),
+        ((images(2), "", "x"), "pick_name is ''"),
+    ],
+)
+def test_what_is_no_choice_is_refused(output, arguments, message):
+    with pytest.raises(NodeError, match=message):
+        SD3Pick.execute(*arguments)
+    assert not (output / "sd3_picks").exists()
+
+
+def test_a_name_is_checked_before_anything_runs():
+    assert "pick_name is 'a/b'" in str(SD3Pick.validate_inputs("a/b"))
+    assert SD3Pick.validate_inputs("my picks-2") is True
+
+
+# The addresses
+
+
+def test_a_click_is_recorded_and_the_next_group_comes(output):
+    for number in range(2):
+        SD3Pick.execute(images(2, seed=number), "mine", f"prompt {number}")
+    status, first = ask()
+    assert (status, first["open"], first["decided"]) == (200, 2, 0)
+    assert first["subfolder"] == "sd3_picks/mine/pictures"
+    best = first["group"]["pictures"][1]
+    assert (output / first["subfolder"] / best).is_file()
+    status, second = send({"group": first["group"]["id"], "best": best})
+    assert (status, second["open"], second["decided"]) == (200, 1, 1)
+    assert second["group"]["prompt"] != first["group"]["prompt"]
+    assert send({"undo": True})[1]["open"] == 2
+    lines = (output / "sd3_picks" / "mine" / "preferences.jsonl").read_text().splitlines()
+    assert json.loads(lines[0])["chosen"] == f"pictures/{best}"
+    assert "undo" in json.loads(lines[1])
+
+
+ESCAPES = [
+    "..",
+    "%2e%2e",
+    "..%2f..%2fetc",
+    "%2e%2e%2f%2e%2e%2fetc%2fpasswd",
+    "..%5c..%5cwindows",
+    "%2fetc%2fpasswd",
+    "C%3a%5cwindows",
+    "mine%00.png",
+    "mine%2f..%2f..%2fother",
+    ".hidden",
+    "~root",
+    "con",
+    "mine%20",
+    "x" * 300,
+    "mine%0aother",
+    "%F0%9F%98%80",
+]
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_a_name_that_leads_elsewhere_is_refused_and_makes_nothing(output, name):
+    from yarl import URL
+
+    SD3Pick.execute(images(2), "mine", "x")
+    before = sorted(output.parent.rglob("*"))
+    url = URL(f"/sd3_workbench/picks/{name}", encoded=True)
+    for answer in talk(("GET", url, {}), ("POST", url, {"json": {"undo": True}})):
+        assert answer[0] in (400, 404)
+    assert sorted(output.parent.rglob("*")) == before
+
+
+def test_a_link_out_of_the_folder_is_refused(output, tmp_path_factory):
+    SD3Pick.execute(images(2), "mine", "x")
+    outside = tmp_path_factory.mktemp("outside")
+    (output / "sd3_picks" / "link").symlink_to(outside, target_is_directory=True)
+    assert ask("link")[0] == 400
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"null",
+        b"[]",
+        b'"text"',
+        b"1" * 4000,
+        b"[" * 4000,
+        b"\xff\xfe\x00",
+        b"{}",
+        b'{"undo": false}',
+        b'{"undo": 1, "group": "x"}',
+        b'{"group": 1, "best": "x"}',
+        b'{"group": ["x"], "best": "x"}',
+        b'{"group": "x", "best": {"a": 1}}',
+        b'{"group": "x", "best": null}',
+        b'{"group": "x", "chosen": "x"}',
+        b'{"verdict": "tie"}',
+        b'{"group": "x", "undo": true}',
+    ],
+)
+def test_a_malformed_body_is_refused_and_writes_nothing(output, body):
+    SD3Pick.execute(images(2), "mine", "x")
+    options = {"data": body, "headers": {"Content-Type": "application/json"}}
+    ((status, answer),) = talk(("POST", "/sd3_workbench/picks/mine", options))
+    assert status == 400
+    assert answer["error"].endswith(".")
+    assert not (output / "sd3_picks" / "mine" / "preferences.jsonl").exists()
+
+
+def test_a_vote_that_does_not_fit_is_a_conflict(output):
+    SD3Pick.execute(images(2), "mine", "x")
+    group = ask()[1]["group"]
+    for body in (
+        {"group": "nobody", "best": "x"},
+        {"group": group["id"], "best": "../../../secret.png"},
+        {"group": group["id"]},
+        {"group": group["id"], "verdict": "both"},
+        {"undo": True},
+    ):
+        status, answer = send(body)
+        assert status == 409
+        assert answer["error"]
+    assert send({"group": group["id"], "verdict": "tie"})[0] == 200
+    assert send({"group": group["id"], "verdict": "tie"})[0] == 409
+    assert ask("nothing here")[0] == 404
+
+
+def test_a_flood_stays_small(output):
+    """Large bodies are not read to their end; the same vote again and again is written once."""
+    SD3Pick.execute(images(2), "mine", "x")
+    group = ask()[1]["group"]
+    path = "/sd3_workbench/picks/mine"
+    body = {"group": group["id"], "best": group["pictures"][0]}
+    large = {"data": b'{"group": "' + b"x" * 100_000 + b'"}'}
+    large["headers"] = {"Content-Type": "application/json"}
+    answers = talk(*[("POST", path, {"json": body})] * 50, ("POST", path, large))
+    assert [status for status, _ in answers] == [200] + [409] * 49 + [413]
+    lines = (output / "sd3_picks" / "mine" / "preferences.jsonl").read_text().splitlines()
+    assert len(lines) == 1
+
+
+@pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
+def test_another_pages_form_cannot_vote(kind):
+    SD3Pick.execute(images(2), "mine", "x")
+    options = {"data": b'{"undo": true}', "headers": {"Content-Type": kind}}
+    ((status, _),) = talk(("POST", "/sd3_workbench/picks/mine", options))
+    assert status == 415
+
+
+def test_votes_at_the_same_time_are_all_kept(output):
+    from concurrent.futures import ThreadPoolExecutor
+
+    for number in range(20):
+        SD3Pick.execute(images(2, seed=number), "mine", f"prompt {number}")
+    picks = Picks(output / "sd3_picks" / "mine")
+    groups = picks.open_groups()
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(lambda group: picks.vote(group.id, best=group.pictures[0]), groups))
+    lines = (output / "sd3_picks" / "mine" / "preferences.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["group"] for line in lines}) == 20

@@ -1,0 +1,161 @@
+// SD3 Pick: the next candidates of the backlog, to be picked by a click.
+//
+// The server says which group is next, in which order its pictures stand and what the votes say;
+// a click is sent, and the answer is the next group.
+
+import { api } from "/scripts/api.js";
+import { app } from "/scripts/app.js";
+
+const NODE = "SD3Pick";
+const MIN_HEIGHT = 260;
+const MIN_WIDTH = 420;
+
+app.registerExtension({
+  name: "SD3Workbench.Pick",
+
+  nodeCreated(node) {
+    if (node.comfyClass !== NODE) return;
+    const view = makeView(() => nameWidget(node)?.value ?? "");
+    const widget = node.addDOMWidget("sd3_pick", "sd3_workbench_pick", view.element, {
+      serialize: false,
+      getMinHeight: () => MIN_HEIGHT,
+      getValue: () => undefined,
+    });
+    widget.serialize = false;
+    const executed = node.onExecuted;
+    node.onExecuted = function (output) {
+      executed?.call(this, output);
+      view.refresh();
+    };
+    const name = nameWidget(node);
+    const changed = name?.callback;
+    if (name) {
+      name.callback = function (...values) {
+        changed?.apply(this, values);
+        view.refresh();
+      };
+    }
+    node.sd3Refresh = view.refresh;
+    const [width, height] = node.computeSize();
+    node.setSize([Math.max(node.size[0], width, MIN_WIDTH), Math.max(node.size[1], height)]);
+    setTimeout(view.refresh, 0); // when a saved workflow has filled the widgets
+  },
+
+  loadedGraphNode(node) {
+    node.sd3Refresh?.();
+  },
+});
+
+const nameWidget = (node) => node.widgets?.find(({ name }) => name === "pick_name");
+
+function element(tag, className, text = "") {
+  const made = document.createElement(tag);
+  made.className = className;
+  made.textContent = text;
+  return made;
+}
+
+function makeView(pickName) {
+  const whole = element("div", "sd3-report sd3-pick");
+  const head = element("div", "sd3-caption");
+  const prompt = element("div", "sd3-value");
+  const pictures = element("div", "sd3-pictures");
+  const buttons = element("div", "sd3-buttons");
+  const said = element("div", "sd3-value");
+  whole.append(head, prompt, pictures, buttons, said);
+
+  let group = null;
+  let best = "";
+  let asked = 0; // an answer that came late must not replace a newer one
+
+  async function talk(vote) {
+    const name = pickName();
+    const turn = ++asked;
+    const options = vote && {
+      method: "POST",
+      headers: { "Content-Type": "application/json" },
+      body: JSON.stringify(vote),
+    };
+    let answer;
+    let told;
+    try {
+      answer = await api.fetchApi(`/sd3_workbench/picks/${encodeURIComponent(name)}`, options);
+      told = await answer.json();
+    } catch (error) {
+      said.textContent = `The server does not answer (${error.message}).`;
+      return;
+    }
+    if (turn !== asked) return;
+    if (answer.ok) show(told);
+    else if (answer.status === 404) showNothing("Run the workflow to collect pictures.");
+    else said.textContent = told.error;
+  }
+
+  function showNothing(text) {
+    group = null;
+    head.replaceChildren();
+    prompt.textContent = text;
+    pictures.replaceChildren();
+    buttons.replaceChildren();
+    said.textContent = "";
+  }
+
+  function show(state) {
+    showNothing(state.group ? state.group.prompt : "Everything is picked.");
+    group = state.group;
+    best = "";
+    head.append(element("span", "", `${state.open} to pick`));
+    head.append(element("span", "sd3-label", `${state.decided} done`));
+    for (const name of group?.pictures ?? []) pictures.append(picture(name, state.subfolder));
+    if (group) {
+      buttons.append(button("tie", { group: group.id, verdict: "tie" }));
+      buttons.append(button("skip", { group: group.id, verdict: "skip" }));
+    }
+    if (state.decided) buttons.append(button("undo", { undo: true }));
+    said.textContent = state.comparison ? sentence(state.comparison) : "";
+  }
+
+  function picture(name, subfolder) {
+    const shown = element("img", "sd3-candidate");
+    const query = new URLSearchParams({ filename: name, subfolder, type: "output" });
+    shown.src = api.apiURL(`/view?${query}`);
+    shown.draggable = false;
+    shown.title = "Click the best one.";
+    shown.addEventListener("click", () => click(shown, name));
+    return shown;
+  }
+
+  // Of two pictures one click decides; of more the second click names the worst.
+  function click(shown, name) {
+    if (group.pictures.length === 2) {
+      talk({ group: group.id, best: name });
+    } else if (!best) {
+      best = name;
+      shown.classList.add("sd3-best");
+      for (const other of pictures.children) other.title = "Click the worst one.";
+      buttons.prepend(button("no worst", { group: group.id, best }));
+    } else if (best === name) {
+      talk(); // taken back
+    } else {
+      talk({ group: group.id, best, worst: name });
+    }
+  }
+
+  function button(text, vote) {
+    const made = element("button", "sd3-button", text);
+    made.type = "button";
+    made.addEventListener("click", () => talk(vote));
+    return made;
+  }
+
+  return { element: whole, refresh: () => talk() };
+}
+
+function sentence({ arms, wins, ties, rate, low, high, needed }) {
+  const percent = (part) => `${Math.round(100 * part)} %`;
+  const more = needed === null ? "" : needed ? `; about ${needed} more votes decide` : "; decided";
+  return (
+    `${arms[0]} wins ${percent(rate)} against ${arms[1]} ` +
+    `(95 %: ${percent(low)} to ${percent(high)}; ${wins[0]} : ${wins[1]}, ${ties} ties)${more}`
+  );
+}
