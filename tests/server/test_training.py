@@ -1,0 +1,100 @@
+"""Training on a real server: interrupted, restarted, resumed, saved, used; the queue told of it."""
+
+import json
+
+from api_workflows import EMBEDDED, text_to_image
+from comfy_server import Listener, reports, serve
+from training_set import write_pictures
+
+
+def training(steps: int, run_name: str = "shapes"):
+    nodes = {
+        "load": ("SD3LoadCheckpoint", {"ckpt_name": EMBEDDED}),
+        "pictures": (
+            "SD3TrainingImages",
+            {"clip": ["load", 1], "vae": ["load", 2], "folder": "shapes", "repeats": 1},
+        ),
+        "density": ("SD3TimestepDensity", {"density": "logit_normal", "shift": 1.0}),
+        "train": (
+            "SD3TrainLoRA",
+            {
+                "model": ["load", 0],
+                "dataset": ["pictures", 0],
+                "density": ["density", 0],
+                "run_name": run_name,
+                "steps": steps,
+                "learning_rate": 0.01,
+                "rank": 2,
+                "batch_size": 1,
+                "resolution": 64,
+                "seed": 0,
+                "warmup": 0,
+                "validate_every": 0,
+                "more": "bucket_step = 16\nsample_steps = 2",
+            },
+        ),
+        "save": (
+            "SD3SaveLoRA",
+            {
+                "lora": ["train", 1],
+                "filename_prefix": "loras/shapes",
+                "dialect": "kohya",
+                "save_dtype": "fp16",
+            },
+        ),
+        "loss": ("LossGraphNode", {"loss": ["train", 2], "filename_prefix": "loss"}),
+    }
+    return {name: {"class_type": kind, "inputs": inputs} for name, (kind, inputs) in nodes.items()}
+
+
+def with_lora(name: str):
+    workflow = text_to_image()
+    workflow["lora"] = {
+        "class_type": "SD3LoadLoRA",
+        "inputs": {"model": ["load", 0], "lora_name": name, "strength": 1.0},
+    }
+    workflow["sample"]["inputs"]["model"] = ["lora", 0]
+    return workflow
+
+
+def logged_steps(folder):
+    log = folder / "output" / "sd3" / "shapes" / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    return [line["step"] for line in lines if "loss" in line]
+
+
+def test_a_run_is_interrupted_survives_a_restart_goes_on_and_is_used(tmp_path):
+    write_pictures(tmp_path / "input" / "shapes", 4)
+    with serve(tmp_path) as server:
+        listener = Listener(server.url)
+        prompt = server.queue(training(100_000), listener.client_id)
+        done = 0
+        while done < 3:
+            event = listener.until("progress_state", prompt)
+            state = event.data["nodes"].get("train", {})
+            done = state.get("value", 0) if state.get("state") == "running" else 0
+        server.interrupt(prompt)
+        listener.until("execution_interrupted", prompt, timeout=120)
+        reached = logged_steps(tmp_path)
+        assert 3 <= len(reached) < 1000
+        told = b"".join(event.data for event in listener.of("text")).decode(errors="replace")
+        assert "memory: about" in told  # the plan came before the steps
+        assert "the queue waits" in told or len(reached) < 4
+        assert listener.of("preview")
+        listener.close()
+        server.free()
+        base = server.picture(server.run(text_to_image()))
+    with serve(tmp_path) as server:
+        steps = len(reached) + 2
+        entry = server.run(training(steps))
+        assert logged_steps(tmp_path) == list(range(1, steps + 1))
+        report = reports(entry)["train"]
+        assert report["steps"] == steps
+        assert any("goes on from step" in note for note in report["notes"])
+        assert entry["outputs"]["train"]["images"]
+        (saved,) = (tmp_path / "output" / "loras").glob("shapes*.safetensors")
+        drawn = server.run(with_lora(saved.name))
+        assert reports(drawn)["lora"]["unmatched"] == 0
+        assert server.picture(drawn) != base
+        again = server.run(training(steps))  # nothing to do
+        assert reports(again) == {} or reports(again)["train"]["steps"] == steps
