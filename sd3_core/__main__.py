@@ -198,14 +198,16 @@ def add_tiny(command: argparse.ArgumentParser) -> None:
     add("stage", help="words, vae, decoder, clip, t5, shelves, flow-64, flow-128, pack, or all")
     add("--budget", default="laptop", help="laptop (two hours of two cores) or gpu")
     add("--output", type=Path, default=Path("output"), metavar="FOLDER")
-    add("--dtype", default="auto")
+    add("--dtype", default="auto", help="auto, bf16, fp32; bf16 is faster on many CPUs, too")
     add("--device", default="auto")
+    add("--compile", action="store_true", help="compile the MMDiT's blocks; needs a C++ compiler")
 
 
 def add_bench(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_bench)
     add = command.add_argument
     add("cases", nargs="*", metavar="CASE", help="load, forward, step, sample, decode, ...: all")
+    add("--gpu-plan", action="store_true", help="a GPU's limits, then the released sizes on it")
     add("--quick", action="store_true", help="small cases, in a minute or two")
     add("--reference", type=Path, metavar="PATH", help="Stability's sd3.5 code, to compare with")
     add("--size", default="100mb", help="file of the load case: 100mb, 1gb, 4gb, 16gb")
@@ -279,11 +281,16 @@ def run_verify(options: argparse.Namespace) -> int:
 def run_bench(options: argparse.Namespace) -> int:
     import json
 
-    from .bench import cases, report, run
+    from .bench import cases, ceilings, report, run
+    from .precision import pick_device
 
     if options.plot:
         report.check_plot()
     chosen = cases.choose(options.cases, options.quick, options.size)
+    if options.gpu_plan:
+        chosen = list(cases.gpu_cases())
+        options.device = "cuda" if options.device == "cpu" else options.device
+        print("\n".join(ceilings.lines(ceilings.measure(pick_device(options.device)))), flush=True)
     how = run.Options(
         reference=options.reference,
         device=options.device,
@@ -304,7 +311,9 @@ def run_bench(options: argparse.Namespace) -> int:
         options.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         report.plot(options.plot, outcomes)
-    return 1 if any(outcome.failed for outcome in outcomes) else 0
+    behind = [sentence for outcome in outcomes for sentence in report.slower(outcome)]
+    print("\n".join(behind))
+    return 1 if behind or any(outcome.failed for outcome in outcomes) else 0
 
 
 def run_inspect(options: argparse.Namespace) -> int:
@@ -421,6 +430,7 @@ def run_tiny(options: argparse.Namespace) -> int:
         BUDGETS[options.budget],
         options.device,
         options.dtype,
+        options.compile,
         on_step=bar.on_step,
         on_note=bar.on_note,
     )

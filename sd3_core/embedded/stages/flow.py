@@ -8,6 +8,7 @@ of the run: from the start it costs two to three times the samples.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -81,6 +82,23 @@ def new_mmdit(seed: int) -> MMDiT:
 def load_mmdit_to_train(path: Path) -> MMDiT:
     model = load_mmdit(path, ops=CastOps(), attention=explicit_attention)
     return model.float().requires_grad_(True)
+
+
+def compile_blocks(model: MMDiT) -> None:
+    """Let torch's compiler fuse what lies between the products, where gradients are wanted.
+
+    A CPU's step takes 0.7 of the time, after two minutes of compiling for each picture size (kept
+    on disk by torch).  Measuring and drawing stay as they are: they are rare and of other shapes.
+    """
+    for block in model.joint_blocks:
+        block.forward = _in_training(torch.compile(block.forward, dynamic=False), block.forward)
+
+
+def _in_training(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Callable[..., Any]:
+    def forward(*inputs: Any) -> Any:
+        return (compiled if torch.is_grad_enabled() else plain)(*inputs)
+
+    return forward
 
 
 class ShelfTask:

@@ -27,7 +27,7 @@ from ...training.config import LoopConfig, plain_settings
 from ...training.loop import OnNote, OnStep, Task, fit, ignore, product_path
 from ...training.run import open_run
 from ..model import NAME
-from .flow import FlowStage, ShelfTask, load_mmdit_to_train, new_mmdit
+from .flow import FlowStage, ShelfTask, compile_blocks, load_mmdit_to_train, new_mmdit
 from .pack import pack
 from .samples import HELD, TRAINING, Size
 from .shelf import Encoders, Shelf, write_shelf
@@ -80,15 +80,20 @@ BUDGETS = {
     # About two hours of two cores.
     "laptop": Budget(
         vae=VAEStage(steps=4500, batch_size=8, learning_rate=1.5e-3),
-        decoder=VAEStage(steps=12_000, batch_size=8, learning_rate=1e-3, warmup=100),
+        decoder=VAEStage(steps=5000, batch_size=8, learning_rate=1e-3, warmup=100),
         clip=CLIPStage(steps=1500),
         t5=T5Stage(steps=1000),
         small=small_pictures(24_000),
-        flow_64=FlowStage(
-            steps=2000, batch_size=64, ema=0.998, encoder_dropout=0.0, lr_schedule="constant"
+        flow_64=FlowStage(steps=2000, batch_size=64, ema=0.998, encoder_dropout=0.0),
+        large=large_pictures(56_000),
+        flow_128=FlowStage(
+            steps=9500,
+            batch_size=64,
+            shift=2.0,
+            warmup=100,
+            encoder_dropout_from=0.6,
+            lr_schedule="cosine",
         ),
-        large=large_pictures(48_000),
-        flow_128=FlowStage(steps=6000, batch_size=64, shift=2.0, caption_dropout=0.1),
     ),
     # About an hour of one large GPU, by the guide's estimates; not yet run.
     "gpu": Budget(
@@ -100,7 +105,12 @@ BUDGETS = {
         flow_64=FlowStage(steps=14_000, batch_size=1024, ema=0.9995, encoder_dropout_from=0.2),
         large=large_pictures(400_000),
         flow_128=FlowStage(
-            steps=10_000, batch_size=512, ema=0.9995, shift=2.0, encoder_dropout_from=0.0
+            steps=10_000,
+            batch_size=512,
+            ema=0.9995,
+            shift=2.0,
+            encoder_dropout_from=0.0,
+            lr_schedule="cosine",
         ),
     ),
 }
@@ -117,6 +127,7 @@ class Maker:
     budget: Budget
     device: str = "auto"
     dtype: str = "auto"  # of the products; what is trained stays float32
+    compiled: bool = False  # see flow.compile_blocks
     on_step: OnStep = ignore
     on_note: OnNote = ignore
 
@@ -223,6 +234,8 @@ class Maker:
     ) -> Path:
         def task() -> ShelfTask:
             model = new_mmdit(config.seed) if start is None else load_mmdit_to_train(start)
+            if self.compiled:
+                compile_blocks(model)
             opened = [(Shelf(self._shelf(numbers)), numbers.share) for numbers in shelves]
             held = Shelf(self._held(shelves[0].size))
             return ShelfTask(model, opened, held, config, *self.machine)
