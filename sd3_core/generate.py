@@ -34,7 +34,7 @@ from .samplers import SAMPLERS, OnStep, Step
 from .schedule import Schedule, add_noise
 from .settings import Files, Plan, Settings, chosen_paths, make_plan
 from .speed import stripes
-from .speed.modulation import TabledMMDiT, is_seldom_used
+from .speed.modulation import PreparedMMDiT, is_seldom_used
 from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
 from .text.vocabularies import find_tokenizers, pack_tokenizers
 
@@ -209,7 +209,7 @@ def sample_with(
 ) -> Tensor:
     """As `sample`, with a network that is loaded already."""
     wanted, schedule = plan.settings, plan.schedule
-    model = TabledMMDiT(model, Schedule.timestep(plan.sigmas[:-1]), plan.device, plan.dtype)
+    model = PreparedMMDiT(model, Schedule.timestep(plan.sigmas[:-1]), plan.device, plan.dtype)
     velocity = classifier_free(
         model,
         model.prepare(positive.to(plan.device, plan.dtype)),

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from sd3_pack.sd3_core.__main__ import main
-from sd3_pack.sd3_core.bench import arms, cases, report, run
-from sd3_pack.sd3_core.bench.cases import Case, as_json, choose, from_json
+from sd3_pack.sd3_core.bench import arms, cases, ceilings, report, run
+from sd3_pack.sd3_core.bench.cases import TOLERANCE, Case, as_json, choose, from_json
 from sd3_pack.sd3_core.bench.worker import Worker
 from sd3_pack.sd3_core.models.mmdit import MMDiTConfig
 from sd3_pack.sd3_core.models.vae import VAEConfig
@@ -128,6 +128,57 @@ def test_an_arm_that_cannot_is_left_out_with_its_reason(tmp_path):
     )
 
 
+@pytest.mark.parametrize("work", ["sample", "modulate"])
+@pytest.mark.parametrize("blocks", [None, 2])
+def test_the_table_gives_what_the_network_computes(tmp_path, work, blocks):
+    if work == "sample" and blocks:
+        pytest.skip("only whole networks are sampled with")
+    case = Case(work, work, SIZE, pixels=64, text=5, batch=1, steps=4, blocks=blocks)
+    plain = {run.PLAIN: arms.Ours(CPU, plain=True)}
+    outcome = run.run_case(case, workers(**plain, diffusers=Broken(CPU)), tmp_path, rounds=1)
+    assert not outcome.failed
+    assert set(outcome.arms) == {"ours", run.PLAIN}
+    assert ("diffusers" in outcome.left_out) == (work == "sample")
+
+
+def test_half_precision_is_compared_as_such(tmp_path):
+    case = Case("sample", "sample", SIZE, pixels=64, text=5, batch=1, steps=2, dtype="bfloat16")
+    plain = {run.PLAIN: arms.Ours(CPU, plain=True)}
+    outcome = run.run_case(case, workers(**plain), tmp_path, rounds=1)
+    assert not outcome.failed
+    assert outcome.arms[run.PLAIN].difference > TOLERANCE["sample"] * outcome.scale / 100
+
+
+def test_only_ours_meets_ours_without_the_table():
+    assert run.takes_part("comfyui", FORWARD)
+    assert not run.takes_part(run.PLAIN, FORWARD)
+    assert not run.takes_part("comfyui", Case("modulate", "modulate", SIZE))
+
+
+def test_being_slower_than_comfyui_is_said():
+    outcome = run.Outcome(FORWARD)
+    for arm, times in (("ours", [1.1] * 3), ("comfyui", [1.0] * 3), ("diffusers", [0.1] * 3)):
+        outcome.arms[arm] = run.Measured(seconds=times)
+    assert report.slower(outcome) == ["forward: ours takes 1.10 of comfyui's time, more than 1.05."]
+    outcome.arms["ours"].seconds = [1.04] * 3
+    assert not report.slower(outcome)
+
+
+def test_the_limits_of_a_device_are_measured(monkeypatch):
+    monkeypatch.setattr(ceilings, "ROUNDS", 1)
+    found = ceilings.measure(CPU, side=8, tokens=4)
+    assert {"matmul TFLOP/s", "copy TB/s"} <= set(found)
+    assert all(value > 0 for value in found.values())
+    assert len(list(ceilings.lines(found))) == len(found) + 1
+
+
+def test_the_gpu_plan_needs_a_gpu(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main(["bench", "--gpu-plan"]) == 2
+    assert "device 'cuda' cannot be used here" in capsys.readouterr().err
+
+
 def test_without_ours_the_case_fails(tmp_path):
     only = {"ours": InThisProcess(Broken(CPU))}
     assert run.run_case(FORWARD, only, tmp_path, rounds=1).failed
@@ -177,7 +228,7 @@ def test_diffusers_loads_the_same_weights(tmp_path):
 
 @pytest.mark.parametrize("size", cases.SIZES)
 def test_cases_survive_the_way_to_their_worker(size):
-    for case in (*cases.all_cases(size), *cases.quick_cases(size), *TINY):
+    for case in (*cases.all_cases(size), *cases.quick_cases(size), *cases.gpu_cases(), *TINY):
         assert from_json(json.loads(json.dumps(as_json(case)))) == case
 
 

@@ -7,6 +7,7 @@ there, from where the user has them: nothing of this package depends on them.
 import json
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.header import read_header
-from ..checkpoints.load import load_mmdit, load_vae
+from ..checkpoints.load import load_mmdit, load_vae, nothing
 from ..checkpoints.tensors import map_tensors
 from ..conditioning import Conditioning
 from ..guidance import classifier_free
@@ -24,6 +25,9 @@ from ..models.mmdit import MMDiT, MMDiTConfig
 from ..models.onednn import Ops
 from ..models.vae import VAEConfig, to_model_space
 from ..samplers import euler
+from ..schedule import Schedule
+from ..speed import stripes
+from ..speed.modulation import ModulationTable, PreparedMMDiT, is_seldom_used, modulators
 from . import training
 from .cases import CFG, Case, cut_blocks
 
@@ -47,23 +51,25 @@ class Arm(Protocol):
 
 
 class Ours:
-    def __init__(self, device: torch.device):
-        self.device = device
+    """plain: without the modulation table."""
+
+    def __init__(self, device: torch.device, plain: bool = False):
+        self.device, self.plain = device, plain
 
     def load(self, case: Case, file: Path) -> Mapping[str, Tensor]:
         return load_mmdit(file, device=self.device).state_dict()
 
     def prepare(self, case: Case, file: Path) -> Work:
         if case.work == "decode":
-            vae = load_vae(file, dtype=torch.float32, device=self.device)
-            return lambda given: vae.decode(given["x"])
+            vae = load_vae(file, dtype=getattr(torch, case.dtype), device=self.device)
+            return lambda given: stripes.decode(vae, given["x"].to(getattr(torch, case.dtype)))
         if case.work == "train":
             return training.Ours(case, file, self.device)
         model = self._denoiser(case, file)
         if case.work == "sample":
-            return lambda given: euler(
-                classifier_free(model, *conditions(given), CFG), given["x"], given["sigmas"]
-            )
+            return partial(self._sample, model, getattr(torch, case.dtype))
+        if case.work == "modulate":
+            return partial(self._modulate, model)
         left_out = range(case.blocks, model.config.depth) if case.blocks else ()
         return lambda given: model(
             given["x"], given["timestep"], given["context"], given["pooled"], left_out
@@ -71,13 +77,42 @@ class Ours:
 
     def _denoiser(self, case: Case, file: Path) -> MMDiT:
         if not case.blocks:
-            return load_mmdit(file, dtype=torch.float32, device=self.device)
+            tabled = case.work in ("sample", "modulate") and not self.plain
+            return load_mmdit(
+                file,
+                dtype=getattr(torch, case.dtype),
+                device=self.device,
+                left=is_seldom_used if tabled else nothing,
+            )
         assert isinstance(case.network, MMDiTConfig)
         with torch.device("meta"):
             model = MMDiT(case.network, Ops)
         cut_blocks(model, case)
         model.load_state_dict(stored(file, MMDIT_PREFIX, self.device), assign=True)
         return model.requires_grad_(False).eval()
+
+    def _sample(self, model: MMDiT, dtype: torch.dtype, given: Inputs) -> Tensor:
+        positive, negative = (part.to(self.device, dtype) for part in conditions(given))
+        if not self.plain:
+            levels = Schedule.timestep(given["sigmas"][:-1])
+            model = PreparedMMDiT(model, levels, self.device, dtype)
+            positive, negative = model.prepare(positive), model.prepare(negative)
+        velocity = classifier_free(model, positive, negative, CFG)
+        return euler(velocity, given["x"], given["sigmas"])
+
+    def _modulate(self, model: MMDiT, given: Inputs) -> Tensor:
+        """Every adaLN's output for both prompts, step after step: [steps * 2, width]."""
+        levels, pooled = Schedule.timestep(given["sigmas"][:-1]), given["pooled"]
+        if not self.plain:
+            table = ModulationTable(model, levels.tolist(), self.device)
+            prompts = table.number(pooled)
+            rows = [(level, prompt) for level in levels.tolist() for prompt in prompts]
+            return table.look_up(rows, torch.float32)
+        steps = []
+        for level in levels:
+            c = model.time_and_text(level.expand(len(pooled)), pooled, torch.float32)
+            steps.append(torch.cat([layer(c) for _, layer in modulators(model)], dim=1))
+        return torch.cat(steps)
 
 
 class Diffusers:
@@ -94,9 +129,9 @@ class Diffusers:
             vae = self.diffusers.AutoencoderKL.from_single_file(
                 str(file), config=str(file.with_suffix(".config")), subfolder="vae"
             )
-            vae = vae.to(self.device).eval()
-            return lambda given: vae.decode(given["x"]).sample
-        model = self._denoiser(file, torch.float32)
+            vae = vae.to(self.device, getattr(torch, case.dtype)).eval()
+            return lambda given: vae.decode(given["x"].to(vae.dtype)).sample
+        model = self._denoiser(file, getattr(torch, case.dtype))
         if case.work == "train":
             return training.Diffusers(case, model)
         if case.work == "sample":
@@ -126,7 +161,8 @@ class Diffusers:
         pipeline.set_progress_bar_config(disable=True)
 
         def sample(given: Inputs) -> Tensor:
-            x, (positive, negative) = given["x"], conditions(given)
+            x = given["x"]
+            positive, negative = (part.to(x.device, model.dtype) for part in conditions(given))
             batch = x.shape[0]
             return pipeline(
                 height=x.shape[2] * 8,
@@ -168,12 +204,13 @@ class ComfyUI:
         if case.work == "decode":
             state = self.comfy["utils"].load_torch_file(str(file))
             prefixed = {key.removeprefix(VAE_PREFIX): value for key, value in state.items()}
-            vae = self.comfy["sd"].VAE(sd=prefixed, dtype=torch.float32)
+            dtype = getattr(torch, case.dtype)
+            vae = self.comfy["sd"].VAE(sd=prefixed, dtype=dtype)
             self.comfy["model_management"].load_models_gpu([vae.patcher])
-            return lambda given: vae.first_stage_model.decode(given["x"])
+            return lambda given: vae.first_stage_model.decode(given["x"].to(dtype))
         if case.blocks:
             return self._forward(self._cut(case, file))
-        patcher = self._patcher(file, torch.float32)
+        patcher = self._patcher(file, getattr(torch, case.dtype))
         if case.work == "train":
             return training.ComfyUI(case, patcher)
         if case.work == "sample":
@@ -301,7 +338,7 @@ def make_arm(options: Mapping[str, Any], device: torch.device) -> Arm:
     """The arm a worker is started for; options: see run.py's `arms_here`."""
     kind = options["kind"]
     if kind == "ours":
-        return Ours(device)
+        return Ours(device, options.get("plain", False))
     if kind == "diffusers":
         return Diffusers(device)
     if kind == "comfyui":

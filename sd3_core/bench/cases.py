@@ -16,11 +16,19 @@ from ..noise import noise
 from ..schedule import Schedule
 
 CFG = 4.5
-WORK = ("load", "forward", "sample", "decode", "train")
+WORK = ("load", "forward", "sample", "modulate", "decode", "train")
 # Two orders of the same float32 sums part by less than this part of the largest value: five to ten
 # times what was seen between the four implementations.  A sampler carries its differences along.
 # A training's losses are compared step by step.
-TOLERANCE = {"load": 1e-6, "forward": 2e-5, "sample": 2e-4, "decode": 5e-5, "train": 1e-4}
+TOLERANCE = {
+    "load": 1e-6,
+    "forward": 2e-5,
+    "sample": 2e-4,
+    "modulate": 2e-5,
+    "decode": 5e-5,
+    "train": 1e-4,
+}
+HALF_PRECISION = 500  # times as far may results lie apart in bfloat16, which keeps 8 bits
 
 
 @dataclass(frozen=True)
@@ -61,6 +69,8 @@ class Case:
         what += f", {tokens} + {self.text} tokens, batch {self.batch}, {self.dtype}"
         if self.work == "sample":
             return f"{self.steps} Euler steps with guidance, {what}"
+        if self.work == "modulate":
+            return f"all modulations of {self.steps} steps for 2 prompts, {what}"
         if self.work == "train":
             again = ", gradient checkpointing" if self.recompute else ""
             return f"{self.steps} LoRA training steps, {what}{again}"
@@ -80,11 +90,19 @@ def from_json(values: Mapping[str, Any]) -> Case:
     return Case(network=network, **rest)
 
 
+def tolerance(case: Case) -> float:
+    """Largest difference, as a part of our largest value."""
+    half = case.work != "load" and case.dtype == "bfloat16"
+    return TOLERANCE[case.work] * (HALF_PRECISION if half else 1)
+
+
 # --- the tables ---------------------------------------------------------------------------------
 
 D8 = MMDiTConfig(depth=8, pos_embed_max_size=96)
 D4 = MMDiTConfig(depth=4, pos_embed_max_size=64, qk_norm=True)
 WIDE = MMDiTConfig(depth=24, pos_embed_max_size=96)
+MEDIUM = MMDiTConfig(depth=24)  # SD3 Medium
+LARGE = MMDiTConfig(depth=38, qk_norm=True)  # SD3.5 Large
 SIZES = {"100mb": 6, "1gb": 15, "4gb": 24, "16gb": 38}  # bf16 file of a denoiser -> its depth
 # 4gb is SD3 Medium, 16gb has the size of SD3.5 Large
 
@@ -144,8 +162,10 @@ def all_cases(size: str) -> tuple[Case, ...]:
         Case("forward-wide", "forward", WIDE, blocks=2),
         Case("step", "sample", D8, pixels=256, batch=1, steps=1),
         Case("sample", "sample", D8, pixels=256, batch=1, steps=8),
+        Case("modulate", "modulate", WIDE, steps=28, blocks=2),
         Case("decode-256", "decode", VAEConfig(), pixels=256, batch=1),
         Case("decode-512", "decode", VAEConfig(), pixels=512, batch=1),
+        Case("decode-1024", "decode", VAEConfig(), pixels=1024, batch=1),
         *train_cases(D8, text=77),
         *growth_cases(D4, text=77),
     )
@@ -158,8 +178,20 @@ def quick_cases(size: str) -> tuple[Case, ...]:
         Case("forward", "forward", D4, pixels=256, text=154),
         Case("step", "sample", D4, pixels=256, text=154, batch=1, steps=1),
         Case("sample", "sample", D4, pixels=256, text=154, batch=1, steps=4),
+        Case("modulate", "modulate", D4, steps=28),
         Case("decode-64", "decode", VAEConfig(), pixels=64, batch=1),
         *train_cases(replace(D4, qk_norm=False), text=154),
+    )
+
+
+def gpu_cases() -> tuple[Case, ...]:
+    """The released sizes in bf16; smallest first, should the time run out."""
+    step = Case("", "sample", MEDIUM, text=154, batch=1, steps=8, dtype="bfloat16")
+    return (
+        replace(step, name="medium-512", pixels=512),
+        replace(step, name="medium-1024", pixels=1024),
+        Case("decode-1024", "decode", VAEConfig(), pixels=1024, batch=1, dtype="bfloat16"),
+        replace(step, name="large-1024", network=LARGE, pixels=1024),
     )
 
 
@@ -262,7 +294,7 @@ def make_inputs(case: Case) -> dict[str, Tensor]:
     if case.work == "train":
         inputs["noise"] = noise(inputs["x"].shape, seed=4)
     draw = torch.Generator().manual_seed(2)
-    prompts = 2 if case.work == "sample" else case.batch
+    prompts = 2 if case.work in ("sample", "modulate") else case.batch
     return inputs | {
         "timestep": torch.linspace(900.0, 300.0, case.batch),
         "context": torch.randn(prompts, case.text, size.context_dim, generator=draw),

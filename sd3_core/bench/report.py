@@ -8,8 +8,10 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .cases import TOLERANCE, as_json
+from .cases import as_json, tolerance
 from .run import OURS, Measured, Outcome
+
+SLOWER = 1.05  # of ComfyUI's time: beyond it the bench fails
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,18 @@ def ratio(outcome: Outcome, arm: str) -> Ratio:
     return Ratio(median(ratios), min(ratios), max(ratios))
 
 
+def slower(outcome: Outcome) -> list[str]:
+    """A sentence for each of ComfyUI's arms that takes clearly less time than ours."""
+    if outcome.failed or outcome.case.work not in ("forward", "sample", "decode"):
+        return []
+    found = {arm: ratio(outcome, arm).median for arm in outcome.arms if arm.startswith("comfyui")}
+    return [
+        f"{outcome.case.name}: ours takes {times:.2f} of {arm}'s time, more than {SLOWER:.2f}."
+        for arm, times in found.items()
+        if times > SLOWER
+    ]
+
+
 def lines(outcome: Outcome) -> Iterator[str]:
     """One case for the terminal.  No time where an arm is wrong."""
     what = {"call": ": the call alone", "touched": ": the call, and every weight read once"}
@@ -58,7 +72,7 @@ def lines(outcome: Outcome) -> Iterator[str]:
 
 
 def wrong_lines(outcome: Outcome) -> Iterator[str]:
-    allowed = TOLERANCE[outcome.case.work] * outcome.scale
+    allowed = tolerance(outcome.case) * outcome.scale
     for arm in outcome.wrong:
         difference = outcome.arms[arm].difference
         found = "another shape" if difference is None else f"max |diff| {difference:.2g}"

@@ -16,10 +16,19 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
-from .cases import TOLERANCE, Case, as_json, make_inputs, warm_up_case, write_weights
+from .cases import (
+    TOLERANCE,
+    Case,
+    as_json,
+    make_inputs,
+    tolerance,
+    warm_up_case,
+    write_weights,
+)
 
 PACK = Path(__file__).resolve().parent.parent.parent
 OURS = "ours"
+PLAIN = "ours-plain"  # without the modulation table
 # Stability's loader is a part of its command line; SDPA makes no difference to ComfyUI's.
 NO_LOADERS = ("reference", "comfyui-sdpa")
 # Trainers whose loss, first adapters and draws are their own: it need only be finite.
@@ -126,7 +135,10 @@ def arms_here(options: Options) -> dict[str, dict[str, Any]]:
 
     Raises ValueError when a folder that was named is not what it should be.
     """
-    arms: dict[str, dict[str, Any]] = {OURS: {"kind": "ours"}}
+    arms: dict[str, dict[str, Any]] = {
+        OURS: {"kind": "ours"},
+        PLAIN: {"kind": "ours", "plain": True},
+    }
     if find_spec("diffusers"):
         arms["diffusers"] = {"kind": "diffusers"}
     comfyui = find_comfyui()
@@ -185,6 +197,7 @@ def started(arms: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, WorkerP
 def run_case(case: Case, workers: Mapping[str, Process], folder: Path, rounds: int) -> Outcome:
     """Prepare, compare, and time in turns: every round begins with another arm."""
     outcome = Outcome(case)
+    workers = {name: worker for name, worker in workers.items() if takes_part(name, case)}
     file, inputs = write_weights(case, folder), folder / "inputs.safetensors"
     save_file(make_inputs(case), inputs)
     for name, worker in workers.items():
@@ -212,6 +225,13 @@ def run_case(case: Case, workers: Mapping[str, Process], folder: Path, rounds: i
     return outcome
 
 
+def takes_part(arm: str, case: Case) -> bool:
+    """The table and our network without it meet where it matters; nobody else has one."""
+    if arm == PLAIN:
+        return case.work in ("sample", "modulate")
+    return arm == OURS or case.work != "modulate"
+
+
 def turned(names: Sequence[str], index: int) -> list[str]:
     """The arms in a new order for each round."""
     start = index % len(names)
@@ -225,7 +245,7 @@ def compare(outcome: Outcome, folder: Path) -> None:
     outputs = {name: load_file(folder / f"{name}.safetensors")["output"] for name in outcome.arms}
     ours = outputs[OURS]
     outcome.scale = float(ours.abs().max())
-    allowed = TOLERANCE[outcome.case.work] * outcome.scale
+    allowed = tolerance(outcome.case) * outcome.scale
     for name, output in outputs.items():
         if output.shape != ours.shape:
             outcome.wrong.append(name)
@@ -266,7 +286,7 @@ def run_load(
     Every arm's weights must have the same sums as ours before a time is kept.
     """
     file = write_weights(case, folder)  # so that it is in the page cache
-    arms = {name: arm for name, arm in arms.items() if name not in NO_LOADERS}
+    arms = {name: arm for name, arm in arms.items() if name not in (*NO_LOADERS, PLAIN)}
     answers = [load_once(case, arms, folder, file, index) for index in range(rounds)]
     return [load_outcome(case, part, answers) for part in ("call", "touched")]
 

@@ -58,7 +58,7 @@ class ModulationTable:
     """A row for each timestep and prompt that is met: every adaLN's output, side by side.
 
     model: whose layers are called, wherever they lie; rows know nothing of later changes.
-    timesteps: those of the run; others may be met, each then costs a pass over the layers.
+    timesteps: those of the run; others that are met cost a pass over the layers each.
     dtype: of computing and keeping the rows.  call: how a layer is called.
     exact: compute each timestep by itself, as the batch that the network would be given, and so get
     its bits; otherwise all rows that a run needs come from one product per layer.
@@ -97,31 +97,32 @@ class ModulationTable:
     def look_up(self, batch: Sequence[Row], dtype: torch.dtype) -> Tensor:
         """The rows of a batch, [B, width]; the first that is missing brings those that follow."""
         for timestep in dict.fromkeys(timestep for timestep, _ in batch):
+            if timestep not in self.timesteps:
+                return self._compute([batch]).to(dtype)
             prompts = [prompt for at, prompt in batch if at == timestep]
             if not all((timestep, prompt) in self.rows for prompt in prompts):
-                self._compute([[(at, p) for p in prompts] for at in self._next(timestep)])
+                start = self.timesteps.index(timestep)
+                following = self.timesteps[start : start + AT_ONCE]
+                self._add([[(at, prompt) for prompt in prompts] for at in following])
         return self.values[[self.rows[row] for row in batch]].to(dtype)
 
-    def _next(self, timestep: float) -> Sequence[float]:
-        """The part of the run that begins here."""
-        if timestep not in self.timesteps:
-            return [timestep]
-        start = self.timesteps.index(timestep)
-        return self.timesteps[start : start + AT_ONCE]
-
-    def _compute(self, batches: Sequence[Sequence[Row]]) -> None:
-        """Add the rows of these calls of the network."""
+    def _add(self, batches: Sequence[Sequence[Row]]) -> None:
         if len(self.rows) > MOST_ROWS:
             self.rows, self.values = {}, self.values[:0]
         if not self.exact:
-            batches = [[row for row in chain(*batches) if row not in self.rows]]
-        inputs = [self._time_and_text(batch) for batch in batches]
-        size, width = sum(map(len, batches)), self.values.shape[1]
-        fresh = self.values.new_empty(size, width)
-        for path, layer in modulators(self.model):
-            fresh[:, self.columns[path]] = torch.cat([self.call(layer, c) for c in inputs])
+            fresh = dict.fromkeys(row for row in chain(*batches) if row not in self.rows)
+            batches = [list(fresh)]
+        computed = self._compute(batches)
         self.rows |= {row: len(self.values) + at for at, row in enumerate(chain(*batches))}
-        self.values = torch.cat([self.values, fresh])
+        self.values = torch.cat([self.values, computed])
+
+    def _compute(self, batches: Sequence[Sequence[Row]]) -> Tensor:
+        """The rows of these calls of the network, one after the other."""
+        inputs = [self._time_and_text(batch) for batch in batches]
+        rows = self.values.new_empty(sum(map(len, batches)), self.values.shape[1])
+        for path, layer in modulators(self.model):
+            rows[:, self.columns[path]] = torch.cat([self.call(layer, c) for c in inputs])
+        return rows
 
     def _time_and_text(self, batch: Sequence[Row]) -> Tensor:
         """c [B, D], as MMDiT.time_and_text."""
@@ -156,38 +157,17 @@ class Columns(nn.Module):
 class TabledMMDiT(MMDiT):
     """An MMDiT that looks its modulations up, and shares every other layer with the one it is of.
 
-    It takes what `prepare` makes of a prompt.  exact: equal bits; see ModulationTable.
+    For a prompt's pooled vector it takes the number that the table has for it.
     """
 
-    def __init__(
-        self,
-        model: MMDiT,
-        timesteps: Tensor,
-        device: torch.device | str,
-        dtype: torch.dtype,
-        *,
-        exact: bool = False,
-    ):
-        """device, dtype: of the computation; the table is float32 unless it is to be exact."""
+    def __init__(self, table: ModulationTable):
         nn.Module.__init__(self)
-        self.config, self.attention = model.config, model.attention
-        self.table = ModulationTable(
-            model, timesteps.tolist(), device, dtype if exact else torch.float32, exact=exact
-        )
+        model = table.model
+        self.table, self.config, self.attention = table, model.config, model.attention
         self.x_embedder = model.x_embedder
-        self.context_embedder: nn.Module = model.context_embedder if exact else nn.Identity()
-        self.joint_blocks, self.final_layer = looked_up(model, self.table.columns)
+        self.context_embedder: nn.Module = model.context_embedder
+        self.joint_blocks, self.final_layer = looked_up(model, table.columns)
         self.positions: dict[tuple[int, int], Tensor] = {}
-
-    def prepare(self, conditioning: Conditioning) -> Conditioning:
-        """The same prompts: the context in the network's width, the number for the pooled vector.
-
-        A prompt's tokens enter the first block alike in every step.
-        """
-        context, numbers = conditioning.context, self.table.number(conditioning.pooled)
-        if not self.table.exact:
-            context = self.table.model.context_embedder(context)
-        return Conditioning(context, torch.tensor(numbers)[:, None])
 
     def time_and_text(self, timestep: Tensor, pooled: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the table, [B, width].  pooled: numbers [B, 1]."""
@@ -199,6 +179,35 @@ class TabledMMDiT(MMDiT):
             crop = self.table.model.crop_positions(height, width)
             self.positions = {(height, width): crop.to(self.table.values.device)}
         return self.positions[height, width]
+
+
+class PreparedMMDiT(TabledMMDiT):
+    """The network of one run, which takes what `prepare` makes of a prompt."""
+
+    def __init__(
+        self,
+        model: MMDiT,
+        timesteps: Tensor,
+        device: torch.device | str,
+        dtype: torch.dtype,
+        *,
+        exact: bool = False,
+    ):
+        """device, dtype: of the computation; the table is float32 unless it is to be exact."""
+        kept = dtype if exact else torch.float32
+        super().__init__(ModulationTable(model, timesteps.tolist(), device, kept, exact=exact))
+        if not exact:
+            self.context_embedder = nn.Identity()
+
+    def prepare(self, conditioning: Conditioning) -> Conditioning:
+        """The same prompts: the context in the network's width, the number for the pooled vector.
+
+        A prompt's tokens enter the first block alike in every step.
+        """
+        context, numbers = conditioning.context, self.table.number(conditioning.pooled)
+        if not self.table.exact:
+            context = self.table.model.context_embedder(context)
+        return Conditioning(context, torch.tensor(numbers)[:, None])
 
 
 def looked_up(model: MMDiT, columns: Mapping[str, slice]) -> tuple[nn.ModuleList, nn.Module]:

@@ -16,7 +16,7 @@ from sd3_pack.sd3_core.noise import noise
 from sd3_pack.sd3_core.samplers import SAMPLERS
 from sd3_pack.sd3_core.schedule import Schedule, Window
 from sd3_pack.sd3_core.speed import modulation
-from sd3_pack.sd3_core.speed.modulation import TabledMMDiT, is_seldom_used, is_tabled
+from sd3_pack.sd3_core.speed.modulation import PreparedMMDiT, is_seldom_used, is_tabled
 from tiny import quantised, tiny_state_dicts, write_tiny_checkpoint
 from torch import Tensor
 from torch.testing import assert_close
@@ -52,9 +52,9 @@ def prompt(name: str, config: MMDiTConfig = CONFIG, length: int = 6, batch: int 
     )
 
 
-def tabled(model: MMDiT, sigmas: Tensor = SIGMAS, *, exact: bool = False) -> TabledMMDiT:
+def tabled(model: MMDiT, sigmas: Tensor = SIGMAS, *, exact: bool = False) -> PreparedMMDiT:
     dtype = model.pos_embed.dtype
-    return TabledMMDiT(model, Schedule.timestep(sigmas[:-1]), "cpu", dtype, exact=exact)
+    return PreparedMMDiT(model, Schedule.timestep(sigmas[:-1]), "cpu", dtype, exact=exact)
 
 
 @torch.inference_mode()
@@ -67,7 +67,7 @@ def drawn(
     cfg: float = 4.5,
     **guidance,
 ) -> Tensor:
-    if isinstance(model, TabledMMDiT):
+    if isinstance(model, PreparedMMDiT):
         positive, negative = model.prepare(positive), model.prepare(negative)
     velocity = classifier_free(model, positive, negative, cfg, **guidance)
     return SAMPLERS[sampler](velocity, noise((batch, 16, 6, 8), 3), SIGMAS)
@@ -175,7 +175,7 @@ def test_weights_of_another_precision_are_cast_for_their_one_call(tmp_path, monk
     whole = load_mmdit(tmp_path / "m.safetensors", dtype=torch.float32)
     parted = load_mmdit(tmp_path / "m.safetensors", dtype=torch.float32, left=is_seldom_used)
     given = (prompt("a", whole.config), prompt("b", whole.config))
-    fast = TabledMMDiT(parted, Schedule.timestep(SIGMAS[:-1]), "cpu", torch.float32)
+    fast = PreparedMMDiT(parted, Schedule.timestep(SIGMAS[:-1]), "cpu", torch.float32)
     assert_close(drawn(fast, *given), drawn(whole, *given), atol=1e-4, rtol=0)
 
 
@@ -189,7 +189,7 @@ def test_what_a_table_stands_in_for_stays_in_the_file(tmp_path):
             assert (tensor.device.type, tensor.dtype) == ("cpu", torch.float16), name
         else:
             assert (tensor.device.type, tensor.dtype) == ("meta", torch.float32), name
-    resident = TabledMMDiT(model, Schedule.timestep(SIGMAS), "cpu", torch.float32).state_dict()
+    resident = PreparedMMDiT(model, Schedule.timestep(SIGMAS), "cpu", torch.float32).state_dict()
     assert resident
     assert all(tensor.device.type == "meta" for tensor in resident.values())
 
@@ -198,7 +198,7 @@ def test_sd35_large_needs_two_thirds_of_its_bytes():
     """bf16 at 1024 x 1024, 28 steps with guidance; issue 7 asks for at most 0.68."""
     with torch.device("meta"):
         model = MMDiT(LARGE).to(torch.bfloat16)
-    fast = TabledMMDiT(model, Schedule.timestep(Schedule(3.0).sigmas(28)), "meta", torch.bfloat16)
+    fast = PreparedMMDiT(model, Schedule.timestep(Schedule(3.0).sigmas(28)), "meta", torch.bfloat16)
     table = 28 * 2 * fast.table.values.shape[1] * fast.table.values.itemsize
     table += fast.crop_positions(128, 128).nbytes + 2 * LARGE.pooled_dim * 4
     plain = sum(tensor.nbytes for tensor in model.state_dict().values())
