@@ -3,8 +3,8 @@
 Captions lie beside the pictures or in metadata.jsonl, one object a line, in the same folder or one
 above: {"file_name": "cats/1.png", "text": "...", "captions": ["...", ...], "synthetic": "..." or
 [...], "weight": 1.0, "bucket": [width, height]}; only file_name is needed, other fields are left
-alone.  Without captions there, NAME.txt (or NAME.caption) and NAME.synthetic.txt are read: each
-line is an alternative.
+alone.  Without captions there, NAME.txt (or NAME.caption, or NAME.png.txt) and NAME.synthetic.txt
+are read: each line is an alternative.
 """
 
 import json
@@ -142,6 +142,7 @@ def _hidden(name: str) -> bool:
 def _captions(path: Path, row: Row) -> tuple[tuple[str, ...], ...]:
     original = row.captions or _lines(path.with_suffix(".txt"))
     original = original or _lines(path.with_suffix(".caption"))
+    original = original or _lines(path.with_name(f"{path.name}.txt"))
     synthetic = row.synthetic or _lines(path.with_suffix(".synthetic.txt"))
     return tuple(captions for captions in (original, synthetic) if captions)
 

@@ -102,6 +102,7 @@ class Learner:
 def diverged(step: int, what: str) -> NumericalError:
     """The error of a step (from 0) whose loss or gradient is no number."""
     return NumericalError(
-        f"the {what} of step {step + 1} is NaN or infinite. Lower learning_rate or clip, compute "
-        "in bf16 or fp32, or look at the pictures of this batch; earlier states are kept."
+        f"the {what} of step {step + 1} is NaN or infinite, and the same settings would lead there "
+        "again. Begin a run of another name with a lower learning_rate or clip, computed in bf16 "
+        "or fp32, or look for odd pictures; the earlier states are kept."
     )

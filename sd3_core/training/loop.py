@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, NumericalError
 from .config import LoopConfig
 from .curve import draw_curve
 from .distributed import ALONE, World
@@ -309,12 +309,13 @@ class Session:
         """Save what there is when something ends the run, export it, and say so."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             if self.world.first:
-                self._rescue()
+                self._rescue(hopeless=isinstance(error, NumericalError))
             raise
 
-    def _rescue(self) -> None:
+    def _rescue(self, *, hopeless: bool) -> None:
+        """hopeless: the same steps would end in the same way."""
         learner, (saved, _) = self.learner, self.saved
         failed = ""
         if learner.whole and learner.step > max(saved, 0):
@@ -324,10 +325,10 @@ class Session:
             except (CheckpointError, OSError) as error:
                 failed = f"it could not be saved ({error}); "
         kept = "saved" if saved == learner.step else f"the saved state is that of step {saved}"
+        again = "Start it again with the same settings and it goes on from there."
         self.say(
             f"{self.run.name}: stopped after step {learner.step} of {self.config.steps}; {failed}"
-            f"{'nothing is saved yet' if saved < 0 else kept}. Start it again with the same "
-            "settings and it goes on from there."
+            f"{'nothing is saved yet' if saved < 0 else kept}.{'' if hopeless else ' ' + again}"
         )
         if learner.whole and learner.step:
             self._leave_product()

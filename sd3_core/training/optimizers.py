@@ -15,11 +15,27 @@ from .config import LoopConfig
 Parameters = Mapping[str, nn.Parameter]  # what is trained, by its name in the network
 
 
-def make_optimizer(parameters: Parameters, config: LoopConfig) -> torch.optim.Optimizer:
-    """The optimiser that the configuration names.
+PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
 
-    Raises ValueError when it needs a package that is not installed.
+
+def optimizer_package(config: LoopConfig) -> Any:
+    """The package that the optimiser comes from; None: PyTorch has it.
+
+    Raises ValueError when it is not installed.
     """
+    if (module := PACKAGES.get(config.optimizer)) is None:
+        return None
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"optimizer is {config.optimizer!r}, which needs the package {module} "
+            f"(pip install {module}); adamw and adafactor need none."
+        ) from error
+
+
+def make_optimizer(parameters: Parameters, config: LoopConfig) -> torch.optim.Optimizer:
+    """The optimiser that the configuration names.  Raises ValueError as optimizer_package."""
     trained = list(parameters.values())
     rate, decay = config.learning_rate, config.weight_decay
     if config.optimizer == "adafactor":
@@ -29,15 +45,8 @@ def make_optimizer(parameters: Parameters, config: LoopConfig) -> torch.optim.Op
         return torch.optim.AdamW(
             trained, lr=rate, betas=config.betas, eps=config.eps, weight_decay=decay
         )
-    module = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}[config.optimizer]
-    try:
-        package: Any = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(
-            f"optimizer is {config.optimizer!r}, which needs the package {module} "
-            f"(pip install {module}); adamw and adafactor need none."
-        ) from error
-    if module == "bitsandbytes":
+    package = optimizer_package(config)
+    if config.optimizer == "adamw_8bit":
         return package.optim.AdamW8bit(
             trained, lr=rate, betas=config.betas, eps=config.eps, weight_decay=decay
         )

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..models.mmdit import MMDiT, MMDiTConfig
 from .config import TrainConfig
+from .report import counted
 
 GIB = 2**30
 
@@ -55,9 +56,9 @@ class TrainPlan:
     def lines(self) -> list[str]:
         """The plan as text."""
         size, found = self.estimate, "" if self.free is None else f" of {_gib(self.free)} free"
-        what = "pairs" if self.pairs else "pictures"
+        what = counted(self.pictures, "pair" if self.pairs else "picture")
         return [
-            f"trains {self.trained:,} parameters on {self.pictures} {what}",
+            f"trains {self.trained:,} parameters on {what}",
             f"{self.steps - self.done} steps to go ({self.done} of {self.steps} done), "
             f"{self.global_batch} samples each: {self.epochs:.1f} epochs in all",
             f"memory: about {_gib(size.total)}{found} (network {_gib(size.weights)}, training "

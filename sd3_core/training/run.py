@@ -53,9 +53,14 @@ class State:
 def run_folder(output: Path, name: str) -> Path:
     """Where the run of this name lives.
 
-    Raises ValueError for a name that is no plain folder name: a run never leaves its place.
+    Raises ValueError for a name that is no plain folder name: a run never leaves its place; and for
+    an output that is a file.
     """
-    return named_folder(output / "sd3", name, "run_name")
+    home = output / "sd3"
+    nearest = next(path for path in (home, *home.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"output is {str(output)!r}, but {nearest} is a file; name a folder.")
+    return named_folder(home, name, "run_name")
 
 
 def named_folder(home: Path, name: str, what: str) -> Path:

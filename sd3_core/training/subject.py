@@ -11,6 +11,7 @@ from ..models.mmdit import MMDiTConfig
 from ..presets import PRESETS, Preset, family
 from ..schedule import Schedule, Window
 from ..settings import FLAGS, check_sizes, model_preset, settled_shift
+from ..text.encoders import ENCODERS
 from .config import TrainConfig
 from .dataset import Dataset, read_dataset
 from .densities import find_density
@@ -50,6 +51,8 @@ def find_subject(config: TrainConfig) -> Subject:
         preset = model_preset(parts["mmdit"], sizes["mmdit"])
         hints = [parts["mmdit"].file.name, *parts["mmdit"].metadata.values()]
         kind = family(sizes["mmdit"], hints)
+    check_encoders(config, parts)
+    check_blocks(config, sizes["mmdit"])
     resolution = config.resolution or int(preset.native_pixels**0.5)
     schedule = Schedule(settled_shift(config.shift, preset, resolution**2))
     flow = RectifiedFlow(
@@ -85,6 +88,30 @@ def find_networks(config: TrainConfig) -> dict[str, Component]:
             f"{' and '.join(f'{kind} = ...' for kind in missing)}."
         )
     return parts
+
+
+def check_encoders(config: TrainConfig, parts: Mapping[str, Component]) -> None:
+    """Raises ValueError when nothing would read the captions."""
+    if not set(config.use) & set(parts):
+        raise ValueError(
+            f"no text encoder takes part: the files hold "
+            f"{', '.join(name for name in ENCODERS if name in parts) or 'none'}, and use is "
+            f"{list(config.use)}. Set clip_l, clip_g and t5 to their files, or take use away."
+        )
+
+
+def zero_encoders(config: TrainConfig, parts: Mapping[str, Component]) -> list[str]:
+    """Encoders that are asked for and not among the files: zeros stand for them."""
+    return [name for name in ENCODERS if name in config.use and name not in parts]
+
+
+def check_blocks(config: TrainConfig, size: MMDiTConfig) -> None:
+    """Raises ValueError for a LoRA on joint blocks that the model does not have."""
+    blocks = config.lora_blocks
+    if blocks is not None and (not blocks or not set(blocks) <= set(range(size.depth))):
+        raise ValueError(
+            f"lora_blocks is {list(blocks)}; the model's blocks are 0 to {size.depth - 1}."
+        )
 
 
 def new_mmdit(config: TrainConfig, sizes: Mapping[str, Any]) -> MMDiTConfig:

@@ -29,11 +29,19 @@ from .flow import FlowTask, Place
 from .loop import OnNote, OnStep, Outcome, fit, ignore, product_path
 from .metadata import metadata
 from .networks import add_qk_norm, load_to_train, recompute_blocks, write_new_mmdit
+from .optimizers import optimizer_package
 from .plan import TrainPlan, check_fits, estimate_memory, free_memory
 from .run import Run, open_run, run_folder
 from .samples import SamplePictures, encode_samples
 from .stages import Machine, fingerprint_of, model_cache
-from .subject import Subject, cache_folder, find_subject, patch_pixels, small_model
+from .subject import (
+    Subject,
+    cache_folder,
+    find_subject,
+    patch_pixels,
+    small_model,
+    zero_encoders,
+)
 from .validation import chosen
 
 # Settings that a run may change between two starts: where things lie, how a batch is divided, what
@@ -89,9 +97,12 @@ def train(
     say = on_note if world.first else ignore
     place = pick_place(config, world)
     run_folder(config.output, config.run_name)
+    optimizer_package(config)
     subject = find_subject(config)
     for line in subject.dataset.report.lines():
         say(line)
+    for name in zero_encoders(config, subject.parts):
+        say(f"{name} is not among the files: zeros stand for it, here and wherever this is used")
     with joined(world, place.device), opened(config, world) as run:
         if world.first:
             asked = identity(config, subject, world, base)
@@ -100,10 +111,10 @@ def train(
             say(f"{run.name}: is finished; nothing was computed")
             return outcome
         config = with_new_mmdit(config, subject, run, world)
-        cache = prepared(config, subject, place, say, on_progress)
         pictures = None
         if world.first and config.sample_every:
             pictures = encode_samples(config, subject.schedule, subject.resolution)
+        cache = prepared(config, subject, place, say, on_progress)
         task = make_task(config, subject, cache, place, pictures, base)
         tell_plan(config, subject, task, cache.layout.length, run, say)
         return fit(task, run, config, world, on_step, on_note, task.verdict)

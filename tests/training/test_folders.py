@@ -37,10 +37,13 @@ def test_each_line_of_a_text_file_is_an_alternative(tmp_path):
     touch(tmp_path / "b.c.caption", "a dog")
     touch(tmp_path / "d.png")
     touch(tmp_path / "d.txt", "ein Vögelchen".encode("utf-16"))
+    touch(tmp_path / "e.png")
+    touch(tmp_path / "e.png.txt", "a fish")
     assert captions_of(tmp_path) == {
         "a.png": (("a cat", "the cat, asleep"),),
         "b.c.png": (("a dog",),),
         "d.png": (("ein Vögelchen",),),
+        "e.png": (("a fish",),),
     }
 
 

@@ -295,8 +295,10 @@ def test_a_loss_that_is_no_number_stops_before_it_spoils_the_weights(tmp_path, v
             return Losses(losses.each * (value if step == 4 else 1.0))
 
     task = Diverging()
-    with pytest.raises(NumericalError, match="step 5"):
-        train_toy(tmp_path, TOY, task)
+    notes = []
+    with pytest.raises(NumericalError, match="step 5 .* again. Begin a run of another name"):
+        train_toy(tmp_path, TOY, task, on_note=notes.append)
+    assert notes[-2] == "toy: stopped after step 4 of 10; saved."  # and no advice to repeat it
     assert all(parameter.isfinite().all() for parameter in task.parameters.values())
     assert loaded_states(tmp_path)[-1] == 4
 

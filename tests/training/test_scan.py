@@ -112,3 +112,10 @@ def test_an_interrupt_keeps_what_is_known_by_then(tmp_path, looks):
     looks.clear()
     look_at_all(paths, memory)
     assert looks == ["2.png"]
+
+
+def test_a_memory_that_cannot_be_written_costs_nothing_else(tmp_path):
+    path = save_texture(tmp_path / "a.png")
+    settle(path)
+    (tmp_path / "file").write_text("not a folder")
+    assert look_at_all([path], tmp_path / "file" / "scan.json") == [look_at(path)]

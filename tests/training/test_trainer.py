@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 
 import pytest
@@ -311,7 +312,10 @@ def test_a_run_that_cannot_fit_is_refused_with_advice(config, monkeypatch):
     [
         ({"data": ()}, "data is missing"),
         ({"checkpoint": None}, "no mmdit and no vae"),
-        ({"lora_blocks": (7,)}, "no layer of"),
+        ({"lora_blocks": (0, 7)}, r"lora_blocks is \[0, 7\]; the model's blocks are 0 to 1"),
+        ({"lora_blocks": ()}, "the model's blocks are 0 to 1"),
+        ({"use": ()}, "no text encoder takes part: the files hold clip_l, clip_g, t5"),
+        ({"sample_every": 1, "sample_prompts": ("x",), "sample_steps": 0}, "steps is 0"),
         ({"objective": "flow"}, "objective is 'flow'"),
         ({"density": "mode(9)"}, "mode"),
         ({"bucket_step": 12}, "bucket_step"),
@@ -322,6 +326,45 @@ def test_a_run_that_cannot_fit_is_refused_with_advice(config, monkeypatch):
 def test_what_cannot_work_is_refused(config, change, message):
     with pytest.raises(ValueError, match=message):
         train(replace(config, **change))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"optimizer": "prodigy"}, "needs the package prodigyopt"),
+        ({"lora_blocks": (7,)}, "lora_blocks"),
+        ({"sample_every": 1, "sample_prompts": ("x",), "sample_steps": 0}, "steps is 0"),
+    ],
+)
+def test_it_is_refused_before_anything_is_encoded(config, change, message, monkeypatch):
+    from sd3_pack.sd3_core.training import trainer
+
+    monkeypatch.setattr(trainer, "prepared", None)
+    monkeypatch.setitem(sys.modules, "prodigyopt", None)
+    with pytest.raises(ValueError, match=message):
+        train(replace(config, **change))
+
+
+def test_an_encoder_that_is_not_among_the_files_is_told(config, tmp_path):
+    from tiny import write_tiny_checkpoint
+
+    paths = write_tiny_checkpoint(tmp_path / "split", layout="split")
+    files = {name: paths[name] for name in ("mmdit", "vae", "clip_l", "clip_g")}
+    tokenizers = config.checkpoint.parent / "tokenizers"
+    notes = []
+    given = replace(config, checkpoint=None, tokenizers=tokenizers, steps=1, **files)
+    train(given, on_note=notes.append)
+    assert "t5 is not among the files: zeros stand for it, here and wherever this is used" in notes
+    notes.clear()
+    without = replace(given, run_name=config.run_name + " 2", use=("clip_l", "clip_g"))
+    train(without, on_note=notes.append)
+    assert not any("t5" in note for note in notes)
+
+
+def test_an_output_that_is_a_file_is_refused_in_words(config, tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    with pytest.raises(ValueError, match="output is .*file is a file; name a folder"):
+        train(replace(config, output=tmp_path / "file" / "deeper"))
 
 
 def test_a_missing_file_is_named(config, tmp_path):
