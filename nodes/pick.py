@@ -83,13 +83,11 @@ def cast_vote(picks: Picks, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 async def answered(request: web.Request, work: Callable[[Picks], dict[str, Any]]) -> web.Response:
-    """The work's answer as JSON; 400 for a name, 404 for no such folder, 409 for a refused vote."""
+    """The work's answer as JSON; 400 for a name that is none, 409 for a vote that is refused."""
     try:
         folder = pick_folder(request.match_info["name"])
     except ValueError as error:
         return web.json_response({"error": str(error)}, status=400)
-    if not folder.is_dir():
-        return web.json_response({"error": f"no picks named {folder.name!r} yet."}, status=404)
     try:
         return web.json_response(await asyncio.to_thread(work, Picks(folder)))
     except PickRefused as error:

@@ -87,11 +87,10 @@ function makeView(pickName) {
     }
     if (turn !== asked) return;
     if (answer.ok) show(told);
-    else if (answer.status === 404) showNothing("Run the workflow to collect pictures.");
     else said.textContent = told.error;
   }
 
-  function showNothing(text) {
+  function clear(text) {
     group = null;
     head.replaceChildren();
     prompt.textContent = text;
@@ -101,7 +100,8 @@ function makeView(pickName) {
   }
 
   function show(state) {
-    showNothing(state.group ? state.group.prompt : "Everything is picked.");
+    const nothing = state.decided ? "Everything is picked." : "Run to collect pictures.";
+    clear(state.group ? state.group.prompt : nothing);
     group = state.group;
     best = "";
     head.append(element("span", "", `${state.open} to pick`));

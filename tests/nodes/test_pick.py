@@ -223,7 +223,10 @@ def test_a_vote_that_does_not_fit_is_a_conflict(output):
         assert answer["error"]
     assert send({"group": group["id"], "verdict": "tie"})[0] == 200
     assert send({"group": group["id"], "verdict": "tie"})[0] == 409
-    assert ask("nothing here")[0] == 404
+    status, nothing = ask("nothing here")
+    assert (status, nothing["group"], nothing["open"]) == (200, None, 0)
+    assert send({"undo": True}, "nothing here")[0] == 409
+    assert not (output / "sd3_picks" / "nothing here").exists()
 
 
 def test_a_flood_stays_small(output):
