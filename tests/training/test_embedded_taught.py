@@ -1,0 +1,191 @@
+"""What the embedded model can be taught, measured by its checker; a quarter of an hour on a CPU.
+
+    pytest tests/training/test_embedded_taught.py -s        # prints the tables as well
+
+A LoRA teaches a colour that the world does not have, from 32 pictures; DPO on the checker's own
+verdicts lifts a category whose prompts it never sees.
+"""
+
+import json
+
+import pytest
+import torch
+from sd3_pack.sd3_core.checkpoints.load import load_mmdit
+from sd3_pack.sd3_core.checkpoints.lora_files import read_lora
+from sd3_pack.sd3_core.embedded.captions import short_caption
+from sd3_pack.sd3_core.embedded.drawing import Painter
+from sd3_pack.sd3_core.embedded.evaluation import prompts
+from sd3_pack.sd3_core.embedded.model import FILE
+from sd3_pack.sd3_core.embedded.render import draw
+from sd3_pack.sd3_core.embedded.scenes import scenes
+from sd3_pack.sd3_core.embedded.score import judge_pictures, score
+from sd3_pack.sd3_core.embedded.world import COLOURS, GROUNDS
+from sd3_pack.sd3_core.lora import merge
+from sd3_pack.sd3_core.pictures import save_png, to_uint8
+from sd3_pack.sd3_core.settings import Files, Settings
+from sd3_pack.sd3_core.training.config import TrainConfig
+from sd3_pack.sd3_core.training.folders import Source
+from sd3_pack.sd3_core.training.trainer import train
+
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(not FILE.exists(), reason=f"the embedded model is not here: {FILE.name}"),
+]
+
+SIDE = 128  # pixels
+NEW, NEW_RGB = "brown", torch.tensor([0.42, 0.26, 0.12])
+STAND_IN = "red"  # whose place the new colour takes in rendered pictures
+NEAR = 0.15  # RGB distance that still is the new colour; the nearest known one is 0.4 away
+PICTURES = 32
+CATEGORY = "counting"  # what DPO is to lift
+SETTINGS = Settings(prompt="", device="cpu", dtype="fp32")
+
+
+def painter(lora=None) -> Painter:
+    """The embedded model, perhaps with a LoRA."""
+    files = Files(checkpoint=FILE)
+    if lora is None:
+        return Painter(files, SETTINGS)
+    model = load_mmdit(FILE, dtype=torch.float32)
+    merge(model, read_lora(lora).parts["mmdit"], 1.0)
+    return Painter(files, SETTINGS, model)
+
+
+def run(folder, **settings) -> TrainConfig:
+    return TrainConfig(
+        output=folder / "output",
+        checkpoint=FILE,
+        resolution=SIDE,
+        device="cpu",
+        dtype="fp32",
+        validate_every=settings.pop("validate_every", 0),
+        **settings,
+    )
+
+
+def share(values) -> float:
+    return sum(values) / len(values)
+
+
+# A new colour
+
+
+def recoloured(pictures: torch.Tensor, ground: str) -> torch.Tensor:
+    """Pictures [B, 3, H, W] in 0..1 with the new colour where the stand-in was."""
+    base, old = (torch.tensor(rgb)[:, None, None] for rgb in (GROUNDS[ground], COLOURS[STAND_IN]))
+    cover = ((pictures - base) * (old - base)).sum(1, keepdim=True) / ((old - base) ** 2).sum()
+    return (base + cover.clamp(0, 1) * (NEW_RGB[:, None, None] - base)).clamp(0, 1)
+
+
+def stand_in_scenes(seed: int, count: int):
+    """Single things of the stand-in's colour, on any ground."""
+    found = (
+        one
+        for start in range(0, 100_000, 64)
+        for one in scenes(seed, range(start, start + 64), (SIDE, SIDE), kinds={"single": 1.0})
+    )
+    wanted = (s for s in found if {thing.colour for thing in s.things} == {STAND_IN})
+    return [next(wanted) for _ in range(count)]
+
+
+def is_new_colour(picture: torch.Tensor) -> bool:
+    """[3, H, W] in -1..1: whether the thing in it has the new colour."""
+    pixels = (picture / 2 + 0.5).flatten(1)
+    ground = pixels.median(dim=1).values[:, None]
+    thing = pixels[:, (pixels - ground).norm(dim=0) > 0.3]
+    return thing.shape[1] > 60 and bool((thing.median(dim=1).values - NEW_RGB).norm() < NEAR)
+
+
+def test_a_lora_teaches_a_new_colour_from_32_pictures(tmp_path):
+    data = tmp_path / "brown"
+    data.mkdir()
+    for number, scene in enumerate(stand_in_scenes(11, PICTURES)):
+        picture = recoloured(draw([scene]) / 2 + 0.5, scene.ground)
+        save_png(to_uint8(picture * 2 - 1)[0], data / f"{number:02}.png", {})
+        caption = short_caption(scene, number).replace(STAND_IN, NEW)
+        (data / f"{number:02}.txt").write_text(caption)
+    asked = [short_caption(s, 0).replace(STAND_IN, NEW) for s in stand_in_scenes(12, 64)]
+    before = painter()
+    first = share([is_new_colour(one) for one in before(asked, seed=5)])
+    table_before = score(before, seeds=(0,), per_category=32)
+    outcome = train(
+        run(
+            tmp_path,
+            run_name="brown",
+            data=(Source(data),),
+            steps=400,
+            batch_size=8,
+            rank=16,
+            learning_rate=5e-4,
+            warmup=40,
+        )
+    )
+    after = painter(outcome.product)
+    last = share([is_new_colour(one) for one in after(asked, seed=5)])
+    table_after = score(after, seeds=(0,), per_category=32)
+    print(f"{NEW}: {first:.1%} -> {last:.1%}\n{table_before.text()}\n{table_after.text()}")  # noqa: T201
+    assert first < 0.1
+    assert last >= 0.9
+    assert table_after.overall.share >= table_before.overall.share - 0.02
+
+
+# A preference
+
+
+def preferences(folder, base: Painter, count: int, seeds: int = 4) -> int:
+    """Pairs of the model's own pictures, the checker's right ones before its wrong ones."""
+    texts = [
+        short_caption(scene, 0)
+        for scene in scenes(21, range(count), (SIDE, SIDE), kinds={"count": 1.0})
+    ]
+    known = {text for category in prompts().values() for text in category}
+    texts = [text for text in dict.fromkeys(texts) if text not in known]
+    folder.mkdir()
+    lines = []
+    for start in range(0, len(texts), 32):
+        some = texts[start : start + 32]
+        drawn = [base(some, seed=1000 + seed) for seed in range(seeds)]
+        verdicts = [judge_pictures(pictures, some) for pictures in drawn]
+        for index, text in enumerate(some):
+            right = [n for n in range(seeds) if verdicts[n][index].right]
+            wrong = [n for n in range(seeds) if not verdicts[n][index].right]
+            for good, bad in zip(right, wrong, strict=False):
+                names = []
+                for number in (good, bad):
+                    name = f"{start + index:04}-{number}.png"
+                    save_png(to_uint8(drawn[number][index : index + 1])[0], folder / name, {})
+                    names.append(name)
+                lines.append({"prompt": text, "chosen": names[0], "rejected": names[1]})
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "preferences.jsonl").write_text(text)
+    return len(lines)
+
+
+def test_dpo_on_the_checkers_verdicts_lifts_a_category(tmp_path):
+    base = painter()
+    before = score(base, seeds=(0, 1), categories=[CATEGORY])
+    pairs = preferences(tmp_path / "pairs", base, count=400)
+    outcome = train(
+        run(
+            tmp_path,
+            run_name="dpo",
+            method="dpo",
+            data=(Source(tmp_path / "pairs"),),
+            steps=300,
+            batch_size=8,
+            rank=32,
+            learning_rate=1e-4,
+            warmup=30,
+            weight_decay=0.0,
+            caption_dropout=0.0,
+            validate_every=50,
+            dpo_beta=2000.0,
+        )
+    )
+    log = [json.loads(line) for line in (outcome.folder / "log.jsonl").open()]
+    gaps = [line["validation_winner_gap"] for line in log if "validation_winner_gap" in line]
+    after = score(painter(outcome.best or outcome.product), seeds=(0, 1), categories=[CATEGORY])
+    print(f"{pairs} pairs; winner's gap {gaps}; {outcome.stopped}")  # noqa: T201
+    print(f"{before.text()}\n{after.text()}")  # noqa: T201
+    assert after.overall.share >= before.overall.share + 0.1
+    assert min(gaps[-2:]) <= 0
