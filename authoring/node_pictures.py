@@ -14,15 +14,20 @@ from typing import Any
 from PIL import Image
 
 from .files import FOLDER
-from .pages import DOCS, schemas
+from .pages import DOCS
 
 EDGE = 12  # of the graph around a node
 WIDEST = 420
 PLACE = (80, 140)  # where the node is put in the window, clear of its buttons
-READY = "id => !!(window.app?.extensionManager && window.LiteGraph?.registered_node_types[id])"
+READY = (
+    "() => !!(window.app?.extensionManager && window.LiteGraph?.registered_node_types.SD3Sample)"
+)
+# The ids of our nodes that this ComfyUI has.
+OURS = """() => Object.values(LiteGraph.registered_node_types).map(type => type.nodeData)
+    .filter(node => node?.category?.startsWith("SD3 Workbench/")).map(node => node.name)"""
 # Puts one node alone on the canvas; returns its box in the window, with the title.
 SHOW = """async ([id, values, [left, top]]) => {
-    app.graph.clear();
+    for (const old of [...app.graph._nodes]) app.graph.remove(old);  // clear() would reuse its id
     const node = LiteGraph.createNode(id);
     app.graph.add(node);
     for (const widget of node.widgets ?? []) {
@@ -37,7 +42,7 @@ SHOW = """async ([id, values, [left, top]]) => {
     app.canvas.ds.offset = [0, 0];
     node.pos = [left, top];
     app.canvas.setDirty(true, true);
-    await new Promise(done => setTimeout(done, 1500));
+    await new Promise(done => setTimeout(done, 3000));
     return [frame.left + left, frame.top + top - 30, node.size[0], node.size[1] + 30];
 }"""
 
@@ -56,7 +61,6 @@ def node_pictures(server: str) -> dict[Path, bytes]:
     from playwright.sync_api import sync_playwright
 
     chosen = values_of(json.loads((FOLDER / "first-picture.json").read_text(encoding="utf-8")))
-    ids = [schema.node_id for schema in schemas()]
     files = {}
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
@@ -64,8 +68,8 @@ def node_pictures(server: str) -> dict[Path, bytes]:
         )
         page = browser.new_page(viewport={"width": 900, "height": 1300})
         page.goto(server, wait_until="domcontentloaded")
-        page.wait_for_function(READY, arg=ids[0], timeout=300_000)
-        for name in ids:
+        page.wait_for_function(READY, timeout=300_000)
+        for name in page.evaluate(OURS):
             x, y, width, height = page.evaluate(SHOW, [name, chosen.get(name, {}), PLACE])
             clip = {
                 "x": x - EDGE,
