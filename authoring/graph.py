@@ -32,7 +32,10 @@ TEXT = 110  # a multiline text
 PANEL = 90  # where our nodes tell what they did
 CURVE = 130  # where the schedule is drawn
 PICTURE = 320  # what a node of PICTURES shows
-PICTURES = ("LoadImage", "PreviewImage", "SaveImage")
+PICTURES = (
+    *("LoadImage", "PreviewImage", "SaveImage", "LossGraphNode"),
+    *("SD3TrainLoRA", "SD3TrainDPO", "SD3TimestepDensity", "SD3Pick"),
+)
 NOTE_WIDTH, NOTE_LINE, NOTE_LETTERS = 400, 22, 52  # letters in a line
 VIEW = (1420, 720)  # the part of a window without buttons, in which the whole graph should fit
 CORNER = (80, 110)  # where that part begins

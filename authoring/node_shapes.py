@@ -10,7 +10,7 @@ from ..nodes import NODES, TRAINING_NODES
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 # Of comfy_extras/, what our workflows use besides the nodes of ComfyUI's nodes.py.
-EXTRAS = ("nodes_canny", "nodes_mask", "nodes_primitive", "nodes_sd3")
+EXTRAS = ("nodes_canny", "nodes_mask", "nodes_primitive", "nodes_sd3", "nodes_train")
 
 
 @dataclass(frozen=True)

@@ -499,3 +499,193 @@ def native_loader_sd3sample(graph: Graph) -> None:
     graph.group("Look")
     picture = graph.node("VAEDecode", samples=drawn["LATENT"], vae=load["VAE"])
     graph.node("SaveImage", images=picture["IMAGE"], filename_prefix=f"sd3/{graph.name}")
+
+
+# Teaching
+
+
+NAMED, NEW_WORD = "three small pink rings on a black background", "zog"
+ROUND = "two red circles on a white background"
+
+
+def draw(
+    graph: Graph,
+    load: Node,
+    prompt: str,
+    count: int = 1,
+    model: Output | None = None,
+    seed: int = SEED,
+    cfg: float = TINY.cfg,
+) -> Output:
+    """Pictures of a prompt, not saved.  model: the loaded one where none is given."""
+    words = encode(graph, load, prompt, negative="")
+    latent = graph.node("SD3EmptyLatent", model=load["MODEL"], batch_size=count)
+    sigmas = schedule(graph, TINY)
+    model = load["MODEL"] if model is None else model
+    drawn = sample(graph, TINY, model, words, latent["LATENT"], sigmas, seed, cfg=cfg)
+    picture = graph.node("SD3VAEDecode", samples=drawn["LATENT"], vae=load["VAE"])
+    return picture["IMAGE"]
+
+
+def taught(graph: Graph, load: Node) -> Node:
+    """SD3 Train LoRA on eight pictures that the model draws itself, under a new word."""
+    graph.group("Pictures to learn from")
+    pictures = draw(graph, load, NAMED, count=8)
+    dataset = graph.node(
+        "SD3TrainingImages",
+        clip=load["CLIP"],
+        vae=load["VAE"],
+        folder="",
+        images=pictures,
+        captions=NEW_WORD,
+    )
+    graph.group("Teach")
+    density = graph.node("SD3TimestepDensity")
+    return graph.node(
+        "SD3TrainLoRA",
+        model=load["MODEL"],
+        dataset=dataset["dataset"],
+        density=density["density"],
+        run_name=f"teach-{NEW_WORD}",
+        steps=60,
+        learning_rate=1e-3,
+        rank=8,
+        batch_size=4,
+        warmup=10,
+        validate_every=0,
+        sample_prompt=NEW_WORD,
+    )
+
+
+@workflow("train-lora")
+def train_lora(graph: Graph) -> None:
+    """
+    **Teach a LoRA, in minutes, without a picture of your own.** The built-in model draws eight
+    pictures and learns to draw them for a word that it has never read, *zog*. *Run* again goes on
+    where it stopped, more `steps` extend the run, and interrupting saves it.
+
+    *Your own pictures:* put them into a folder in ComfyUI's `input`, with NAME.txt beside NAME.png,
+    name the folder in *SD3 Training Images* and remove its pictures' link.
+
+    *SD3.5 instead of the built-in model:* choose its file in *SD3 Load Checkpoint*, a run_name of
+    its own, learning_rate 0.0001, rank 16, about 1500 steps.
+    """
+    load = load_built_in(graph)
+    train = taught(graph, load)
+    graph.group("Keep and look")
+    graph.node("SD3SaveLoRA", lora=train["lora"], filename_prefix=f"loras/{NEW_WORD}")
+    graph.node("LossGraphNode", loss=train["loss"])
+    graph.node("SaveImage", images=train["samples"], filename_prefix=f"sd3/{graph.name}")
+
+
+@workflow("before-after")
+def before_after(graph: Graph) -> None:
+    """
+    **The same prompt and seed, before and after training.** It shares its run with the workflow
+    *train-lora*: if that has run, nothing is trained again.
+    """
+    load = load_built_in(graph)
+    train = taught(graph, load)
+    for title, model in (("Before", load["MODEL"]), ("After", train["MODEL"])):
+        graph.group(title)
+        picture = draw(graph, load, NEW_WORD, model=model, seed=SEED + 1)
+        prefix = f"sd3/{graph.name}-{title.lower()}"
+        graph.node("SaveImage", images=picture, filename_prefix=prefix)
+
+
+@workflow("train-dpo")
+def train_dpo(graph: Graph) -> None:
+    """
+    **Teach a LoRA a preference (Diffusion-DPO).** Here the preference is made, so that the workflow
+    runs as it is: pictures drawn at `cfg` 3 go before those drawn at `cfg` 1. The loss begins at
+    0.693, and the run ends with a sentence if the preferred pictures get worse too.
+
+    *Your own taste:* collect and pick pictures with the workflow *pick*, write `sd3_picks/my-picks`
+    into `folder` of *SD3 Preferences* and remove the links of its pictures. A hundred prompts are a
+    beginning. For SD3.5: learning_rate 0.00005, rank 32, 500 steps, 16 pairs a step.
+    """
+    load = load_built_in(graph)
+    graph.group("Preferred")
+    chosen = draw(graph, load, ROUND, count=6)
+    graph.group("Not preferred")
+    rejected = draw(graph, load, ROUND, count=6, cfg=1.0)
+    graph.group("Teach")
+    preferences = graph.node(
+        "SD3Preferences",
+        clip=load["CLIP"],
+        vae=load["VAE"],
+        folder="",
+        chosen=chosen,
+        rejected=rejected,
+        captions=ROUND,
+    )
+    train = graph.node(
+        "SD3TrainDPO",
+        model=load["MODEL"],
+        dataset=preferences["preferences"],
+        run_name="prefer-guided",
+        steps=40,
+        learning_rate=2e-4,
+        rank=8,
+        batch_size=3,
+        warmup=10,
+        validate_every=20,
+    )
+    graph.group("Keep and look")
+    graph.node("SD3SaveLoRA", lora=train["lora"], filename_prefix="loras/prefer-guided")
+    after = draw(graph, load, ROUND, model=train["MODEL"], cfg=1.0)
+    graph.node("SaveImage", images=after, filename_prefix=f"sd3/{graph.name}")
+
+
+@workflow("pick")
+def pick(graph: Graph) -> None:
+    """
+    **Draw now, pick whenever you like.** A run with another prompt or seed adds four pictures to
+    the backlog of *SD3 Pick*. Click the best and then the worst; *tie*, *skip* and *undo* are there
+    too. The queue never waits: let it draw a hundred prompts overnight and pick in the morning.
+
+    The picks lie in `output/sd3_picks/my-picks`, ready for *SD3 Preferences* (workflow
+    *train-dpo*).
+    """
+    load = load_built_in(graph)
+    graph.group("Draw four")
+    pictures = draw(graph, load, ROUND, count=4)
+    graph.group("Pick")
+    picked = graph.node(
+        "SD3Pick",
+        images=pictures,
+        pick_name="my-picks",
+        prompt=ROUND,
+        seed=SEED,
+        model=load["MODEL"],
+    )
+    graph.node("SaveImage", images=picked["IMAGE"], filename_prefix=f"sd3/{graph.name}")
+
+
+@workflow("blind-comparison")
+def blind_comparison(graph: Graph) -> None:
+    """
+    **Which of two settings is better?** The same prompt and seeds at `cfg` 3 and at `cfg` 1, side
+    by side, in an order that you cannot know. *SD3 Pick* counts the votes, with the 95 % interval
+    and how many more votes are needed. Change prompt and seed and run again for more pairs.
+
+    Anything may be compared: another model, a LoRA, another sampler. The votes are pairs for
+    *SD3 Preferences* as well.
+    """
+    load = load_built_in(graph)
+    graph.group("One setting")
+    first = draw(graph, load, ROUND, count=4)
+    graph.group("The other")
+    second = draw(graph, load, ROUND, count=4, cfg=1.0)
+    graph.group("Vote")
+    voted = graph.node(
+        "SD3Pick",
+        images=first,
+        pick_name="cfg-3-or-1",
+        prompt=ROUND,
+        images_b=second,
+        label_a="cfg 3",
+        label_b="cfg 1",
+        seed=SEED,
+    )
+    graph.node("SaveImage", images=voted["IMAGE"], filename_prefix=f"sd3/{graph.name}")
