@@ -39,6 +39,8 @@ const WRITERS = {
   compute: () => [],
   matched: (matched, report) => [["layers", `${matched} matched, ${report.unmatched} not`]],
   unmatched: () => [],
+  model_patches: () => [],
+  clip_patches: () => [],
   unmatched_names: (names) => names.map((name) => ["no place for", name]),
   seconds: (seconds, report) => [["took", time(seconds) + memory(report.peak_memory_mib)]],
   peak_memory_mib: () => [],

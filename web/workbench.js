@@ -71,7 +71,7 @@ function addReport(node) {
     executed?.call(this, output);
     showOn(this, output);
   };
-  letCanvasZoom(view.element);
+  letCanvasMove(view.element);
   const [width, height] = node.computeSize();
   node.setSize([Math.max(node.size[0], width, view.minWidth), Math.max(node.size[1], height)]);
 }
@@ -119,11 +119,17 @@ function isRunOf(graph, [, , nodes, extra]) {
   return extra?.extra_pnginfo?.workflow?.id === graph.id && Object.entries(nodes).every(sameKind);
 }
 
-// The wheel turns the panel only where the panel has more to show; else it is the canvas's.
-function letCanvasZoom(element) {
-  element.addEventListener("wheel", (event) => {
-    const scrolls = element.scrollHeight > element.clientHeight && !event.ctrlKey;
-    if (scrolls) event.stopPropagation();
-    else if (!globalThis.LiteGraph?.vueNodesMode) app.canvas.processMouseWheel(event);
-  });
+// The wheel turns the panel only where the panel has more to show; else, and with the middle button,
+// the mouse moves the canvas.  Nodes 2.0 sees to that itself.
+function letCanvasMove(element) {
+  const forward = (type, wanted, method) =>
+    element.addEventListener(type, (event) => {
+      if (wanted(event) && !globalThis.LiteGraph?.vueNodesMode) app.canvas[method](event);
+    });
+  const scrolls = (event) => element.scrollHeight > element.clientHeight && !event.ctrlKey;
+  element.addEventListener("wheel", (event) => scrolls(event) && event.stopPropagation());
+  forward("wheel", (event) => !scrolls(event), "processMouseWheel");
+  forward("pointerdown", ({ button }) => button === 1, "processMouseDown");
+  forward("pointermove", ({ buttons }) => (buttons & 4) !== 0, "processMouseMove");
+  forward("pointerup", ({ button }) => button === 1, "processMouseUp");
 }

@@ -1,7 +1,7 @@
 """A real ComfyUI, and Chromium looking at it.
 
 Without Chromium, Playwright or ComfyUI only test_without_browser.py runs, to say so.
-SD3_SCREENSHOTS names a folder that keeps the screenshots.
+SD3_SCREENSHOTS names a folder that keeps screenshots; without it none are taken.
 """
 
 import json
@@ -15,7 +15,6 @@ from comfy_page import Editor, missing, open_browser
 from comfy_server import PACK, Server, lay_out, serve
 from PIL import Image
 
-WORKFLOWS = sorted((PACK / "workflows").glob("*.json"))
 API_FORMS = PACK / "workflows" / "api"
 FOLDER_OF_INPUT = {  # where ComfyUI looks for what a loader's widget names
     "ckpt_name": "checkpoints",
@@ -86,12 +85,18 @@ def no_complaints(request) -> Iterator[None]:
 
 
 @pytest.fixture
-def screenshot(request, editor, tmp_path):
-    """screenshot() keeps what the page shows, under the test's name."""
-    folder = Path(os.environ.get("SD3_SCREENSHOTS") or tmp_path)
+def screenshot(request, editor):
+    """screenshot() keeps what the page shows, where SD3_SCREENSHOTS names a folder.
 
-    def take(suffix: str = "") -> None:
-        name = request.node.name.replace("/", "-").replace("[", "-").rstrip("]")
-        editor.screenshot(folder / f"{name}{suffix}.png")
+    fit: with the whole graph in view.
+    """
+    folder = os.environ.get("SD3_SCREENSHOTS")
+
+    def take(suffix: str = "", fit: bool = False) -> None:
+        name = request.node.name.replace("[", "-").rstrip("]") + suffix
+        if fit and folder:
+            editor.fit()
+        if folder:
+            editor.screenshot(Path(folder) / f"{name}.png")
 
     return take

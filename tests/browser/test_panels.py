@@ -19,8 +19,8 @@ CURVES = (
     "() => [...document.querySelectorAll('.sd3-schedule path')].map((p) => p.getAttribute('d'))"
 )
 
-WIDGETS = """(id) => (app.graph.getNodeById(id).widgets ?? [])
-    .map((widget) => widget.name).filter((name) => name !== "sd3_report")"""
+SAVED_WIDGETS = """(id) => (app.graph.getNodeById(id).widgets ?? [])
+    .filter((widget) => widget.serialize !== false).map((widget) => widget.name)"""
 # Panels that stick out of their nodes by more than two pixels of the screen.
 OUTSIDE = """() => app.graph.nodes.flatMap((node) => {
     const panel = node.widgets?.find((widget) => widget.name === "sd3_report")?.element;
@@ -114,9 +114,11 @@ def test_a_run_fills_every_panel_and_shows_the_picture(editor, screenshot):
     assert "euler, 3 steps, shift 1" in sample
     assert "took" in sample
     assert "256 × 256" in report(editor, DECODE)
-    assert editor.page.evaluate("id => app.graph.getNodeById(id).imgs?.length", PREVIEW) == 1
+    pictures = "id => app.graph.getNodeById(id).imgs?.length"
+    editor.until(lambda: editor.page.evaluate(pictures, PREVIEW) == 1)
 
 
+@pytest.mark.long
 def test_a_second_run_out_of_the_cache_still_reports(editor):
     opened(editor, seed=8)
     editor.run()
@@ -141,6 +143,7 @@ def test_the_curve_is_what_python_says_and_follows_the_widgets(editor, server, s
     assert dots.count("M") == 13
 
 
+@pytest.mark.long
 def test_values_no_node_takes_leave_the_curve_alone(editor):
     opened(editor, steps=6)
     before = curves_other_than(editor, [])
@@ -153,6 +156,7 @@ def test_values_no_node_takes_leave_the_curve_alone(editor):
     editor.errors.clear()
 
 
+@pytest.mark.long
 def test_auto_shift_waits_for_the_run_that_knows_the_size(editor):
     opened(editor, steps=4)
     curves_other_than(editor, [])
@@ -169,6 +173,7 @@ def test_auto_shift_waits_for_the_run_that_knows_the_size(editor):
     assert "4 steps, shift 1" in editor.page.inner_text(".sd3-schedule")
 
 
+@pytest.mark.long
 def test_pointing_at_the_curve_reads_a_step(editor):
     opened(editor, steps=4, shift=1.0)
     curves_other_than(editor, [])
@@ -201,6 +206,7 @@ def test_names_of_files_are_text_and_never_html(editor):
     assert editor.page.evaluate("() => window.struck") is None
 
 
+@pytest.mark.long
 def test_keys_that_no_writer_knows_are_shown_as_they_are(editor):
     opened(editor)
     told = {
@@ -231,7 +237,8 @@ def test_a_report_is_no_part_of_the_saved_workflow(editor):
     saved = {entry["id"]: entry for entry in editor.to_ui()["nodes"]}
     assert "generated" not in json.dumps(saved)
     for number, entry in saved.items():
-        widgets = editor.page.evaluate(WIDGETS, number)
+        widgets = editor.page.evaluate(SAVED_WIDGETS, number)
+        assert "sd3_report" not in widgets
         assert len(entry.get("widgets_values") or []) == len(widgets), entry["type"]
     assert not any("sd3_report" in entry["inputs"] for entry in editor.to_api().values())
 
@@ -252,6 +259,41 @@ def test_panels_lie_inside_their_nodes_at_any_zoom_and_in_either_theme(editor, s
         assert outside == []
 
 
+@pytest.mark.long
+def test_wheel_and_middle_button_move_the_canvas_from_a_panel_too(editor):
+    opened(editor, steps=4)
+    curves_other_than(editor, [])
+    box = editor.page.locator(".sd3-schedule svg").bounding_box()
+    mouse, view = editor.page.mouse, "() => [app.canvas.ds.scale, ...app.canvas.ds.offset]"
+    mouse.move(box["x"] + 20, box["y"] + 20)
+    before = editor.page.evaluate(view)
+    mouse.wheel(0, -120)
+    editor.until(lambda: editor.page.evaluate(view)[0] > before[0])
+    before = editor.page.evaluate(view)
+    mouse.down(button="middle")
+    mouse.move(box["x"] + 60, box["y"] + 50, steps=3)
+    mouse.up(button="middle")
+    editor.until(lambda: editor.page.evaluate(view)[1] > before[1])
+
+
+@pytest.mark.long
+def test_reports_reach_nodes_inside_a_subgraph(editor):
+    opened(editor, seed=31)
+    editor.page.evaluate(
+        """(ids) => {
+            const inside = ids.map((id) => app.graph.getNodeById(id));
+            app.graph.convertToSubgraph(new Set(inside));
+        }""",
+        [PROMPT, SAMPLE],
+    )
+    editor.run()
+    inner = """() => app.graph.nodes.find((node) => node.subgraph).subgraph.nodes
+        .map((node) => node.widgets.find((w) => w.name === "sd3_report").element.innerText)"""
+    for words in ("euler, 3 steps", "tokens"):
+        editor.until(lambda words=words: any(words in text for text in editor.page.evaluate(inner)))
+
+
+@pytest.mark.long
 def test_reports_come_back_when_the_page_is_loaded_anew(editor):
     opened(editor)
     editor.page.evaluate("() => { app.graph.id = crypto.randomUUID(); }")
@@ -262,6 +304,7 @@ def test_reports_come_back_when_the_page_is_loaded_anew(editor):
     assert "tokens" in report(editor, PROMPT)
 
 
+@pytest.mark.long
 def test_a_workflow_opened_from_the_history_shows_its_own_reports(editor):
     """As the queue panel's "load workflow" does it."""
     opened(editor, seed=21, steps=2)

@@ -16,23 +16,18 @@ def read(path):
 @pytest.mark.parametrize("path", WORKFLOWS, ids=lambda path: path.stem)
 def test_it_opens_without_a_red_node_and_converts_to_its_api_form(editor, screenshot, path):
     editor.open(read(path))
-    editor.fit()
-    screenshot()
+    screenshot(fit=True)
     assert editor.red_nodes() == []
     assert editor.to_api() == read(API_FORMS / path.name)
 
 
 def test_the_first_picture_runs(editor, screenshot):
-    editor.open(read(PACK / "workflows" / "first-picture.json"))
+    workflow = read(PACK / "workflows" / "first-picture.json")
+    editor.open(workflow)
     editor.run()
-    editor.fit()
-    screenshot()
-    ids = {
-        node["type"]: node["id"]
-        for node in read(PACK / "workflows" / "first-picture.json")["nodes"]
-    }
-    for kind, number in ids.items():
-        if kind.startswith("SD3") and kind != "SD3ShiftSchedule":
-            assert editor.report_of(number), kind
-    pictures = "() => app.graph.nodes.reduce((sum, node) => sum + (node.imgs?.length ?? 0), 0)"
-    assert editor.page.evaluate(pictures) == 1
+    for node in workflow["nodes"]:
+        if node["type"].startswith("SD3") and node["type"] != "SD3ShiftSchedule":
+            editor.until(lambda number=node["id"]: editor.report_of(number))
+    pictures = "() => app.graph.nodes.flatMap((node) => node.imgs ?? []).length"
+    editor.until(lambda: editor.page.evaluate(pictures) == 1)
+    screenshot(fit=True)

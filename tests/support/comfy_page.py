@@ -191,6 +191,7 @@ class Editor:
         )
 
     def screenshot(self, path: Path) -> None:
+        """Of the page as it is."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self.page.screenshot(path=path)
 
