@@ -72,15 +72,16 @@ def pictures(graph: Graph) -> list[Image.Image]:
 
 
 def montage(shown: Sequence[Image.Image]) -> Image.Image:
-    """Tiles in rows, as many in a row as there are rows, all of one size."""
+    """Square tiles in rows, about as many in a row as there are rows."""
     columns = math.ceil(math.sqrt(len(shown)))
     rows = math.ceil(len(shown) / columns)
     side = (SIZE - GAP * (columns - 1)) // columns
-    canvas = Image.new("RGB", (SIZE, rows * side + GAP * (rows - 1)), GROUND)
+    top = (SIZE - rows * side - GAP * (rows - 1)) // 2
+    canvas = Image.new("RGB", (SIZE, SIZE), GROUND)
     for number, image in enumerate(shown):
         row, column = divmod(number, columns)
         tile = image.resize((side, side), Image.Resampling.LANCZOS)
-        canvas.paste(tile, (column * (side + GAP), row * (side + GAP)))
+        canvas.paste(tile, (column * (side + GAP), top + row * (side + GAP)))
     return canvas
 
 

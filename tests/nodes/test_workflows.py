@@ -11,10 +11,12 @@ import execution
 import folder_paths
 import pytest
 import torch
+from sd3_pack.authoring import thumbnails
 from sd3_pack.authoring.files import FOLDER, workflow_files
 from sd3_pack.authoring.graph import Graph
 from sd3_pack.authoring.node_shapes import extra_nodes, node_shapes
-from sd3_pack.authoring.workflows import WORKFLOWS
+from sd3_pack.authoring.thumbnails import drawing, montage, pictures, runs_here
+from sd3_pack.authoring.workflows import WORKFLOWS, describe
 from sd3_pack.nodes import NODES, TRAINING_NODES, files
 from sd3_pack.nodes.files import EMBEDDED
 from ui_to_api import NOTES, to_api
@@ -187,6 +189,28 @@ def test_a_thumbnail_lies_beside_it(name):
     assert len(content) < 100_000
 
 
+@pytest.mark.parametrize(("name", "count"), [("image-to-image", 2), ("shift", 3)])
+def test_the_built_in_models_thumbnail_is_what_it_draws(
+    name, count, shapes, registered, stocked, models, monkeypatch
+):
+    for kind in ("output_directory", "temp_directory"):  # the thumbnails' own do not stay
+        monkeypatch.setattr(folder_paths, kind, str(models / "output"))
+    graph = describe(name, shapes)
+    assert runs_here(graph)
+    shown = pictures(graph)
+    assert [image.size for image in shown] == [(64, 64)] * count
+    assert all(len(image.getcolors(64 * 64)) > 1 for image in shown)
+    assert montage(shown).size == (512, 512)
+
+
+def test_a_workflow_that_names_files_shows_its_graph(shapes, stocked):
+    graph = describe("sd3.5-medium", shapes)
+    assert not runs_here(graph)
+    image = drawing(graph)
+    assert image.size == (512, 512)
+    assert len(image.getcolors(512 * 512)) > 20
+
+
 # What ComfyUI's server says
 
 
@@ -194,7 +218,8 @@ def test_a_thumbnail_lies_beside_it(name):
 def stocked(models, monkeypatch, tmp_path):
     """A file for each name in the workflows, and the built-in model: all one tiny model."""
     tiny = models / "checkpoints" / "tiny.safetensors"
-    monkeypatch.setattr(files, "embedded_file", lambda: tiny)
+    for module in (files, thumbnails):
+        monkeypatch.setattr(module, "embedded_file", lambda: tiny)
     folders = {}
     for workflow in map(ui, NAMES):
         note = next(n["widgets_values"][0] for n in workflow["nodes"] if n["type"] in NOTES)
