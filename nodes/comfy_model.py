@@ -18,6 +18,7 @@ import comfy.ldm.modules.diffusionmodules.model
 import comfy.model_base
 import comfy.model_management
 import comfy.ops
+import comfy.patcher_extension
 import comfy.sd
 import comfy.supported_models
 import torch
@@ -31,6 +32,7 @@ from ..sd3_core.models.vae import VAE, VAEConfig
 from ..sd3_core.settings import model_preset
 from ..sd3_core.speed import stripes
 from ._compat import archive_dtypes, make_patcher, quantised_layers
+from .comfy_table import WEIGHTS, Tabled, forget_table, weights_in_force, with_table
 
 WEIGHT_DTYPES = {
     "bf16": torch.bfloat16,
@@ -167,6 +169,7 @@ class ComfyMMDiT(MMDiT):
         with torch.device("meta"):  # weights are assigned
             super().__init__(config, ops=TypedOps(operations, dtype))
         self.dtype = dtype
+        self.tabled: Tabled | None = None
 
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
@@ -183,33 +186,38 @@ class ComfyMMDiT(MMDiT):
         ignored: what other models of ComfyUI are told as well.  Returns the velocity, like x.
         """
         options = transformer_options or {}
-        tokens = self.embed(x, timesteps, context, y)
-        return self.unembed(self.run_patched(tokens, control or {}, options))
+        network, pooled = self, y
+        found = with_table(self, self.tabled, x, y, options)
+        if found is not None:
+            self.tabled, pooled = found
+            network = self.tabled.network
+        tokens = network.embed(x, timesteps, context, pooled)
+        return network.unembed(run_patched(network, tokens, control or {}, options))
 
-    def run_patched(
-        self, tokens: Tokens, control: Mapping[str, Any], options: Mapping[str, Any]
-    ) -> Tokens:
-        """All blocks; patches may replace them, a ControlNet adds to the image after them."""
-        x, context = tokens.x, tokens.context
-        replacements = options.get("patches_replace", {}).get("dit", {})
-        added = control.get("output") or []
-        for index in range(self.config.depth):
-            arguments = {"img": x, "txt": context, "vec": tokens.c, "transformer_options": options}
-            block = partial(self.run_block, index)
-            replace = replacements.get(("double_block", index))
-            out = replace(arguments, {"original_block": block}) if replace else block(arguments)
-            x, context = out["img"], out["txt"]
-            if index < len(added) and added[index] is not None:
-                x = x + added[index]
-        return Tokens(x, context, tokens.c, tokens.size)
 
-    def run_block(self, index: int, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-        """One block by the names that ComfyUI's patches use."""
-        attend = partial(attention, arguments.get("transformer_options", {}))
-        x, context = self.joint_blocks[index](
-            arguments["img"], arguments["txt"], arguments["vec"], attend
-        )
-        return {"img": x, "txt": context}
+def run_patched(
+    network: MMDiT, tokens: Tokens, control: Mapping[str, Any], options: Mapping[str, Any]
+) -> Tokens:
+    """All blocks; patches may replace them, a ControlNet adds to the image after them."""
+    x, context = tokens.x, tokens.context
+    replacements = options.get("patches_replace", {}).get("dit", {})
+    added = control.get("output") or []
+    for index in range(network.config.depth):
+        arguments = {"img": x, "txt": context, "vec": tokens.c, "transformer_options": options}
+        block = partial(run_block, network.joint_blocks[index])
+        replace = replacements.get(("double_block", index))
+        out = replace(arguments, {"original_block": block}) if replace else block(arguments)
+        x, context = out["img"], out["txt"]
+        if index < len(added) and added[index] is not None:
+            x = x + added[index]
+    return Tokens(x, context, tokens.c, tokens.size)
+
+
+def run_block(block: torch.nn.Module, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
+    """One block by the names that ComfyUI's patches use."""
+    attend = partial(attention, arguments.get("transformer_options", {}))
+    x, context = block(arguments["img"], arguments["txt"], arguments["vec"], attend)
+    return {"img": x, "txt": context}
 
 
 def attention(
@@ -241,6 +249,20 @@ class SD3Model(comfy.model_base.SD3):
             unet_model=ComfyMMDiT,
         )
 
+    def _apply_model(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self,
+        x: Tensor,
+        t: Tensor,
+        c_concat: Any = None,
+        c_crossattn: Any = None,
+        control: Any = None,
+        transformer_options: Mapping[str, Any] | None = None,
+        **conditions: Any,
+    ) -> Tensor:
+        """The network is told, too, which state of its weights is in force."""
+        options = {**(transformer_options or {}), WEIGHTS: weights_in_force(self.current_patcher)}
+        return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **conditions)
+
 
 def make_model(component: Component, weight_dtype: str = AUTO, plain: bool = False) -> Any:
     """The MODEL of a checked component.
@@ -264,7 +286,9 @@ def make_model(component: Component, weight_dtype: str = AUTO, plain: bool = Fal
     assign_weights(model.diffusion_model, read_weights(component, precision.weights, keep_scaled))
     model.diffusion_model.requires_grad_(False)
     archive_dtypes(model.diffusion_model)
-    return make_patcher(model, load_device, offload_device, plain)
+    patcher = make_patcher(model, load_device, offload_device, plain)
+    patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, forget_table)
+    return patcher
 
 
 # VAE

@@ -81,6 +81,7 @@ class ModulationTable:
         self.values = torch.empty(0, width, device=device, dtype=dtype)
         self.pooled = torch.empty(0, model.config.pooled_dim, device=device, dtype=dtype)
         self.rows: dict[Row, int] = {}
+        self.passes = 0  # over the layers, so far
 
     @torch.no_grad()
     def number(self, pooled: Tensor) -> list[int]:
@@ -118,6 +119,7 @@ class ModulationTable:
 
     def _compute(self, batches: Sequence[Sequence[Row]]) -> Tensor:
         """The rows of these calls of the network, one after the other."""
+        self.passes += 1
         inputs = [self._time_and_text(batch) for batch in batches]
         rows = self.values.new_empty(sum(map(len, batches)), self.values.shape[1])
         for path, layer in modulators(self.model):
@@ -131,6 +133,12 @@ class ModulationTable:
         frequencies = timestep_embedding(timesteps).to(self.values)
         t = self.call(self.model.t_embedder, frequencies)
         return t + self.call(self.model.y_embedder, pooled)
+
+
+def bytes_of(model: MMDiT, dtype: torch.dtype, rows: int) -> int:
+    """What a table of so many rows takes."""
+    width = max(columns.stop for columns in columns_of(model).values())
+    return rows * width * dtype.itemsize
 
 
 def columns_of(model: nn.Module) -> dict[str, slice]:

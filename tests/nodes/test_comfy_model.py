@@ -1,5 +1,7 @@
 """Our MODEL in ComfyUI's own nodes, beside the same file loaded by ComfyUI."""
 
+from collections import Counter
+
 import comfy.model_management
 import comfy.sd
 import pytest
@@ -11,6 +13,7 @@ from comfy_extras.nodes_sd3 import SkipLayerGuidanceSD3
 from safetensors.torch import load_file, save_file
 from sd3_pack.nodes._compat import inference_dtype
 from sd3_pack.nodes.comfy_model import AUTO, make_model
+from sd3_pack.nodes.comfy_table import weights_in_force
 from sd3_pack.sd3_core.checkpoints.layouts import find_components
 from sd3_pack.sd3_core.checkpoints.load import component_of
 from tiny import quantised, tiny_state_dicts, write_tiny_checkpoint
@@ -46,6 +49,68 @@ def test_prompts_of_different_length_and_cfg_one_run(our_model, their_model, con
         ]
 
     torch.testing.assert_close(run(our_model), run(their_model), **TOLERANCE)
+
+
+def test_a_run_computes_its_modulations_once_and_a_repeated_one_never(our_model, conditioning):
+    network, calls = our_model.model.diffusion_model, Counter()
+    hooks = [
+        layer.register_forward_hook(lambda *_, path=path: calls.update([path]))
+        for path, layer in network.named_modules()
+        if path in ("t_embedder", "y_embedder") or path.endswith("adaLN_modulation")
+    ]
+    network.tabled = None
+    names = set(network.state_dict())
+    try:
+        for sampler in ("euler", "heun", "dpmpp_2m", "res_multistep"):
+            ksampler(our_model, conditioning, sampler)
+        assert set(calls.values()) == {1}
+        assert len(calls) == len(hooks)
+        ksampler(our_model.clone(), conditioning)
+        assert set(calls.values()) == {1}
+        ksampler(shifted(our_model), conditioning)  # other noise levels
+        assert set(calls.values()) == {2}
+    finally:
+        for hook in hooks:
+            hook.remove()
+    assert set(network.state_dict()) == names
+
+
+def test_noise_levels_between_those_foretold_are_computed(our_model, their_model, conditioning):
+    ours, theirs = (ksampler(m, conditioning, "dpm_2") for m in (our_model, their_model))
+    torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+def test_a_patched_modulation_has_a_table_of_its_own(our_model, their_model, conditioning):
+    def patched(model):
+        name = "diffusion_model.joint_blocks.0.x_block.adaLN_modulation.1.weight"
+        weight = model.model.state_dict()[name]
+        clone = model.clone()
+        clone.add_patches({name: ("diff", (torch.full_like(weight, 0.02),))}, 1.0)
+        return clone
+
+    before = ksampler(our_model, conditioning)
+    ours, theirs = (ksampler(patched(m), conditioning) for m in (our_model, their_model))
+    torch.testing.assert_close(ours, theirs, **TOLERANCE)
+    assert (ours - before).abs().max() > 1e-3
+    assert torch.equal(ksampler(our_model, conditioning), before)
+
+
+def test_no_table_where_hooks_may_change_weights(our_model):
+    patcher = our_model.clone()
+    assert weights_in_force(patcher) == patcher.patches_uuid
+    patcher.current_hooks = object()
+    assert weights_in_force(patcher) is None
+    assert weights_in_force(None) is None
+    swapped = our_model.clone()
+    swapped.add_object_patch("diffusion_model.joint_blocks.0", torch.nn.Identity())
+    assert weights_in_force(swapped) is None
+
+
+def test_the_table_leaves_with_the_model(our_model, conditioning):
+    ksampler(our_model, conditioning)
+    assert our_model.model.diffusion_model.tabled is not None
+    our_model.detach()
+    assert our_model.model.diffusion_model.tabled is None
 
 
 def skip_layers(model):

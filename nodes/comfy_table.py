@@ -1,0 +1,90 @@
+"""The modulation table under ComfyUI's samplers: KSampler, SD3 Sample and whatever else samples.
+
+ComfyUI tells a network its noise levels beforehand ("sample_sigmas") and names each prompt of a run
+("uuids").  The table holds for one state of the weights; where patches may change them within a
+run, the network computes its modulations in every step as before.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..sd3_core.models.mmdit import MMDiT
+from ..sd3_core.schedule import Schedule
+from ..sd3_core.speed.modulation import ModulationTable, TabledMMDiT
+
+WEIGHTS = "sd3_weights"  # in transformer_options: weights_in_force
+
+
+def weights_in_force(patcher: Any) -> Any:
+    """What tells one state of a MODEL's weights from another; None where no run is sure of one."""
+    return None if patcher is None or obstacle(patcher) else patcher.patches_uuid
+
+
+def obstacle(patcher: Any) -> str:
+    """Why a MODEL computes its modulations in every step; empty where it need not."""
+    if patcher.current_hooks is not None:
+        return "hooks may change its weights within a run"
+    if getattr(patcher, "injections", {}):
+        return "a node injects code into its layers"
+    if any(name.startswith("diffusion_model") for name in patcher.object_patches):
+        return "a node exchanges its layers"
+    return ""
+
+
+class Tabled:
+    """A network with the table of one state of its weights, through one run after the other."""
+
+    def __init__(self, model: MMDiT, state: tuple[Any, ...], x: Tensor):
+        """state: what the table holds for.  x: an input, for its device and dtype."""
+        self.state = state
+        table = ModulationTable(model, [], x.device, x.dtype, call=called_plainly)
+        self.network = TabledMMDiT(table)
+        self.sigmas: Tensor | None = None
+        self.numbers: dict[Any, list[int]] = {}  # uuid -> its prompts in the table
+        self.calls = 0  # of the network, so far
+
+    def begin(self, sigmas: Tensor) -> None:
+        """A run over these noise levels, if it is another one."""
+        if self.sigmas is not sigmas:
+            self.sigmas, self.numbers = sigmas, {}
+            self.network.table.timesteps = Schedule.timestep(sigmas[:-1].float()).tolist()
+
+    def number(self, pooled: Tensor, uuids: list[Any]) -> Tensor:
+        """pooled [B, Dp], an equal share for each uuid -> numbers [B, 1]."""
+        numbers = []
+        for uuid, own in zip(uuids, pooled.chunk(len(uuids)), strict=True):
+            if len(self.numbers.get(uuid, ())) != len(own):
+                self.numbers[uuid] = self.network.table.number(own)
+            numbers += self.numbers[uuid]
+        return torch.tensor(numbers)[:, None]
+
+
+def called_plainly(layer: nn.Module, x: Tensor) -> Tensor:
+    """ComfyUI's layers bring their own weights, with patches, wherever these are kept."""
+    return layer(x)
+
+
+def with_table(
+    model: MMDiT, known: Tabled | None, x: Tensor, pooled: Tensor, options: Mapping[str, Any]
+) -> tuple[Tabled, Tensor] | None:
+    """The network to call, and what it takes for `pooled`; None where no table will do.
+
+    known: that of the last call.
+    """
+    weights, sigmas, uuids = (options.get(key) for key in (WEIGHTS, "sample_sigmas", "uuids"))
+    if weights is None or sigmas is None or not uuids or torch.is_grad_enabled():
+        return None
+    state = (weights, x.device, x.dtype)
+    tabled = known if known is not None and known.state == state else Tabled(model, state, x)
+    tabled.begin(sigmas)
+    tabled.calls += 1
+    return tabled, tabled.number(pooled, uuids)
+
+
+def forget_table(patcher: Any, leaves: bool = True) -> None:
+    """When the model leaves the device; before each run it is detached only to be loaded again."""
+    if leaves:
+        patcher.model.diffusion_model.tabled = None
