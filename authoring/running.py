@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..nodes import NODES
+from ..nodes import NODES, TRAINING_NODES
 from .node_shapes import extra_nodes
+
+SHOWING = ("PreviewImage", "SaveImage")
 
 
 class Unwatched:
@@ -27,7 +29,7 @@ class Unwatched:
 def register() -> None:
     """Make our nodes, and those of comfy_extras/ that workflows use, known to the executor."""
     known = importlib.import_module("nodes").NODE_CLASS_MAPPINGS
-    for node in [*extra_nodes(), *NODES]:
+    for node in [*extra_nodes(), *NODES, *TRAINING_NODES]:
         known[node.GET_SCHEMA().node_id] = node
 
 
@@ -50,7 +52,8 @@ def run(prompt: Mapping[str, Any]) -> list[Path]:
     if not executor.success:
         raise RuntimeError(str(executor.status_messages[-1]))
     shown = executor.history_result["outputs"]
-    images = [image for node in sorted(shown, key=int) for image in shown[node].get("images", [])]
+    showing = [node for node in sorted(shown, key=int) if prompt[node]["class_type"] in SHOWING]
+    images = [image for node in showing for image in shown[node]["images"]]
     return [place(image) for image in images]
 
 
