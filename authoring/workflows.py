@@ -553,6 +553,7 @@ def taught(graph: Graph, load: Node) -> Node:
         batch_size=4,
         warmup=10,
         validate_every=0,
+        gradient_checkpointing=False,
         sample_prompt=NEW_WORD,
     )
 
@@ -606,9 +607,9 @@ def train_dpo(graph: Graph) -> None:
     """
     load = load_built_in(graph)
     graph.group("Preferred")
-    chosen = draw(graph, load, ROUND, count=6)
+    chosen = draw(graph, load, ROUND, count=4)
     graph.group("Not preferred")
-    rejected = draw(graph, load, ROUND, count=6, cfg=1.0)
+    rejected = draw(graph, load, ROUND, count=4, cfg=1.0)
     graph.group("Teach")
     preferences = graph.node(
         "SD3Preferences",
@@ -624,12 +625,13 @@ def train_dpo(graph: Graph) -> None:
         model=load["MODEL"],
         dataset=preferences["preferences"],
         run_name="prefer-guided",
-        steps=40,
+        steps=30,
         learning_rate=2e-4,
         rank=8,
-        batch_size=3,
+        batch_size=2,
         warmup=10,
-        validate_every=20,
+        validate_every=15,
+        gradient_checkpointing=False,
     )
     graph.group("Keep and look")
     graph.node("SD3SaveLoRA", lora=train["lora"], filename_prefix="loras/prefer-guided")
