@@ -71,13 +71,15 @@ def node_pictures(server: str) -> dict[Path, bytes]:
         page.wait_for_function(READY, timeout=300_000)
         for name in page.evaluate(OURS):
             x, y, width, height = page.evaluate(SHOW, [name, chosen.get(name, {}), PLACE])
-            clip = {
-                "x": x - EDGE,
-                "y": y - EDGE,
-                "width": min(width, WIDEST) + 2 * EDGE,
-                "height": height + 2 * EDGE,
-            }
-            files[DOCS / "pictures" / f"{name}.webp"] = as_webp(page.screenshot(clip=clip))
+            taken = page.screenshot(
+                clip={
+                    "x": x - EDGE,
+                    "y": y - EDGE,
+                    "width": min(width, WIDEST) + 2 * EDGE,
+                    "height": height + 2 * EDGE,
+                }
+            )
+            files[DOCS / "pictures" / f"{name}.webp"] = as_webp(taken)
         browser.close()
     return files
 
