@@ -1,7 +1,8 @@
 """How the embedded model is made, from nothing: one stage after the other, by training's own loop.
 
 samples.py   (seed, step, row) -> pictures and captions of the world
-vae.py       the autoencoder; then its decoder once more, behind the frozen encoder
+basis.py     the latents: principal components of 8 x 8 pixels
+vae.py       the autoencoder that draws from them and finds them
 words.py     the tokenizers' files, from the captions' words
 text.py      the encoders: two CLIPs against a picture tower, T5 by filling gaps
 flow.py      the MMDiT, by rectified flow

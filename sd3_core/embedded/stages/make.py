@@ -1,8 +1,8 @@
 """The embedded model, stage by stage: each one a named, resumable run of the trainer.
 
     words     the tokenizers' files
+    basis     what the latents are
     vae       the autoencoder
-    decoder   its decoder once more, behind the frozen encoder
     clip, t5  the text encoders
     shelves   pictures and captions, encoded once
     flow-64   the MMDiT on small pictures
@@ -20,19 +20,20 @@ from typing import Any
 import torch
 
 from ...checkpoints.header import fingerprint
-from ...checkpoints.load import load_clip, load_t5, load_vae
+from ...checkpoints.load import load_clip, load_t5
 from ...precision import pick_device, pick_dtype
 from ...text.vocabularies import Tokenizers, find_tokenizers
 from ...training.config import LoopConfig, plain_settings
 from ...training.loop import OnNote, OnStep, Task, fit, ignore, product_path
 from ...training.run import open_run
 from ..model import NAME
+from .basis import Basis, fit_basis
 from .flow import FlowStage, ShelfTask, compile_blocks, load_mmdit_to_train, new_mmdit
 from .pack import pack
 from .samples import HELD, TRAINING, Size
 from .shelf import Encoders, Shelf, write_shelf
 from .text import CLIPStage, CLIPTask, T5Stage, T5Task
-from .vae import VAEStage, VAETask, fold_statistics, load_vae_to_train, new_vae
+from .vae import VAEStage, VAETask, new_vae
 
 # What a run may change between two starts.
 FREE = ("steps", "checkpoint_every", "keep", "validate_every", "sample_every", "export_every")
@@ -53,7 +54,6 @@ class Budget:
     """How long each stage learns, and from how much."""
 
     vae: VAEStage
-    decoder: VAEStage
     clip: CLIPStage
     t5: T5Stage
     small: tuple[Numbers, ...]  # shelves of flow-64
@@ -79,8 +79,7 @@ def large_pictures(count: int) -> tuple[Numbers, ...]:
 BUDGETS = {
     # About two hours of two cores.
     "laptop": Budget(
-        vae=VAEStage(steps=4500, batch_size=8, learning_rate=1.5e-3),
-        decoder=VAEStage(steps=5000, batch_size=8, learning_rate=1e-3, warmup=100),
+        vae=VAEStage(steps=6000, batch_size=8, learning_rate=1e-3),
         clip=CLIPStage(steps=1500),
         t5=T5Stage(steps=1000),
         small=small_pictures(24_000),
@@ -89,16 +88,17 @@ BUDGETS = {
         flow_128=FlowStage(
             steps=9500,
             batch_size=64,
-            shift=2.0,
+            learning_rate=1.2e-3,
+            shift=1.5,
             warmup=100,
-            encoder_dropout_from=0.6,
+            ema=0.998,
+            encoder_dropout_from=0.8,
             lr_schedule="cosine",
         ),
     ),
     # About an hour of one large GPU, by the guide's estimates; not yet run.
     "gpu": Budget(
         vae=VAEStage(steps=40_000, batch_size=64),
-        decoder=VAEStage(steps=20_000, batch_size=64, learning_rate=1e-3),
         clip=CLIPStage(steps=6000, batch_size=512),
         t5=T5Stage(steps=6000, batch_size=512),
         small=small_pictures(400_000),
@@ -108,7 +108,7 @@ BUDGETS = {
             steps=10_000,
             batch_size=512,
             ema=0.9995,
-            shift=2.0,
+            shift=1.5,
             encoder_dropout_from=0.0,
             lr_schedule="cosine",
         ),
@@ -142,28 +142,20 @@ class Maker:
         folder = self.output / "sd3" / "tiny-words"
         return folder if folder.exists() else write_tokenizers(folder)
 
-    def vae(self) -> Path:
-        config = self.budget.vae
-        return self._run("vae", lambda: VAETask(new_vae(config), config, *self.machine), config)
-
-    def folded(self) -> Path:
-        """The autoencoder with SD3's mean and variance; see vae.fold_statistics."""
-        trained = self.product("vae")
-        path = trained.with_stem(trained.stem + "-folded")
+    def basis(self) -> Path:
+        path = self.output / "sd3" / "tiny-basis.safetensors"
         if not path.exists():
-            vae = load_vae_to_train(trained)
-            task = VAETask(vae, self.budget.vae, torch.device("cpu"), torch.float32)
-            fold_statistics(vae, task)
-            task.export(path, 0)
+            fit_basis(self.budget.vae.latent_channels).save(path)
         return path
 
-    def decoder(self) -> Path:
-        config, folded = self.budget.decoder, self.folded()
-
-        def task() -> VAETask:
-            return VAETask(load_vae_to_train(folded), config, *self.machine, decoder_only=True)
-
-        return self._run("decoder", task, config, vae=fingerprint(folded))
+    def vae(self) -> Path:
+        config, basis = self.budget.vae, Basis.load(self.basis())
+        return self._run(
+            "vae",
+            lambda: VAETask(new_vae(config), config, *self.machine, basis),
+            config,
+            basis=fingerprint(self.basis()),
+        )
 
     def clip(self) -> Path:
         config, words = self.budget.clip, self.tokenizers()
@@ -175,7 +167,7 @@ class Maker:
 
     def shelves(self) -> Path:
         """All shelves of both sizes; returns their folder."""
-        files = (self.folded(), self.product("clip"), self.product("t5"))
+        files = (self.basis(), self.product("clip"), self.product("t5"))
         identity = "/".join(map(fingerprint, files))
         encoders = self.encoders()
         for numbers in (*self.budget.small, *self.budget.large):
@@ -197,7 +189,7 @@ class Maker:
         return pack(
             self.output / "sd3" / f"{NAME}.safetensors",
             mmdit=self.product("flow-128"),
-            vae=self.product("decoder"),
+            vae=self.product("vae"),
             clips=self.product("clip"),
             t5=self.product("t5"),
             tokenizers=self.words(),
@@ -216,7 +208,7 @@ class Maker:
         clips = self.product("clip")
         return Encoders(
             self.tokenizers(),
-            load_vae(self.folded(), **how),
+            Basis.load(self.basis()),
             load_clip(clips, "clip_l", **how),
             load_clip(clips, "clip_g", **how),
             load_t5(self.product("t5"), **how),
@@ -278,8 +270,8 @@ class Maker:
 
 STAGES: dict[str, Callable[[Maker], Path]] = {
     "words": Maker.words,
+    "basis": Maker.basis,
     "vae": Maker.vae,
-    "decoder": Maker.decoder,
     "clip": Maker.clip,
     "t5": Maker.t5,
     "shelves": Maker.shelves,

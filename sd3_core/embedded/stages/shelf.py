@@ -18,23 +18,23 @@ from ...checkpoints.tensors import read_tensors
 from ...conditioning import Conditioning
 from ...models.clip import CLIPTextModel
 from ...models.t5 import T5Encoder
-from ...models.vae import VAE, to_model_space
 from ...text.vocabularies import Tokenizers
 from ..captions import full_caption, short_caption
 from ..render import draw
 from ..world import Scene
+from .basis import Basis
 from .samples import Size, scenes_of
 from .text import WINDOW, clip_ids, t5_ids
 
-CHUNK = 8  # pictures encoded at once: what a processor's cache holds
+CHUNK = 64  # captions and pictures encoded at once
 
 
 @dataclass(frozen=True)
 class Encoders:
-    """The frozen networks behind a shelf."""
+    """What is behind a shelf, none of it learning any more."""
 
     tokenizers: Tokenizers
-    vae: VAE
+    basis: Basis
     clip_l: CLIPTextModel
     clip_g: CLIPTextModel
     t5: T5Encoder
@@ -57,12 +57,9 @@ class Encoders:
             "t5": self.t5(t5_ids(words.t5, captions).to(place)),
         }
 
-    @torch.no_grad()
     def see(self, scenes: Sequence[Scene]) -> Tensor:
-        """The scenes' latents, in model space: the posterior's mean."""
-        weight = self.vae.encoder.conv_in.weight
-        pictures = draw(scenes, weight.device).to(weight.dtype)
-        return to_model_space(self.vae.encode(pictures).mean.float())
+        """The scenes' latents, in model space: those that the VAE was taught."""
+        return self.basis(draw(scenes, next(self.t5.parameters()).device))
 
 
 def caption(scene: Scene, number: int, tokenizers: Tokenizers) -> str:
