@@ -39,7 +39,7 @@ class Basis:
         """The nearest pictures: the opposite, as far as there is one."""
         back = torch.linalg.pinv(self.weight.flatten(1)).to(latents.device)  # [192, C]
         centred = (latents.float() - self.bias.to(latents.device)[:, None, None]).flatten(2)
-        size = [SIDE * length for length in latents.shape[2:]]
+        size = (SIDE * latents.shape[2], SIDE * latents.shape[3])
         return F.fold(back @ centred, size, SIDE, stride=SIDE)
 
     def save(self, path: Path) -> Path:
