@@ -228,6 +228,7 @@ class SD3Pick(io.ComfyNode):
                                 default=0,
                                 min=0,
                                 max=2**64 - 1,
+                                control_after_generate=False,  # it tells, it draws nothing
                                 optional=True,
                                 tooltip="Of the pictures; stored with the picks.",
                             ),

@@ -383,7 +383,14 @@ def run_inputs(data_type: str, run_name: str, rate: float, rank: int, steps: int
             step=16,
             tooltip="Pictures are scaled to about resolution x resolution. 0: the model's own.",
         ),
-        io.Int.Input("seed", default=0, min=0, max=2**63 - 1, tooltip="Decides all that is drawn."),
+        io.Int.Input(
+            "seed",
+            default=0,
+            min=0,
+            max=2**63 - 1,
+            control_after_generate=False,  # another seed is another run
+            tooltip="Decides all that is drawn.",
+        ),
     ]
 
 

@@ -183,7 +183,7 @@ class Picks:
         return name
 
     def comparison(self) -> Comparison | None:
-        """What the votes say of the arms; None without any."""
+        """What the votes say of the arms, the leading one first; None without any."""
         arms: list[str] = []
         for group in self.groups().values():
             arms += [arm for arm in group.arms if arm not in arms]
@@ -191,6 +191,7 @@ class Picks:
         if len(arms) != 2 or not lines:
             return None
         won = [line["arms"][0] for line in lines if "chosen" in line]
+        arms.sort(key=lambda arm: -won.count(arm))
         ties = sum("tie" in line for line in lines)
         return compare((arms[0], arms[1]), (won.count(arms[0]), won.count(arms[1])), ties)
 

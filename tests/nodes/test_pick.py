@@ -91,8 +91,8 @@ def test_two_settings_are_compared_blindly(output):
     for group in picks.open_groups():
         status, seen = send({"group": group.id, "best": group.pictures[1]})
         assert status == 200
-    assert seen["comparison"]["wins"] == [0, 3]
-    assert seen["comparison"]["arms"] == ["cfg 3", "cfg 7"]
+    assert seen["comparison"]["wins"] == [3, 0]
+    assert seen["comparison"]["arms"] == ["cfg 7", "cfg 3"]  # the leading one first
     assert seen["group"] is None
 
 

@@ -234,3 +234,10 @@ def test_finished_runs_leave_no_models_behind(registered):
     gc.collect()
     comfy.model_management.cleanup_models()
     assert len(comfy.model_management.current_loaded_models) == before
+
+
+def test_a_seed_that_names_a_run_stays_as_it_is():
+    """The front end gives every input named seed a "randomize" unless it is told not to."""
+    for name in ("SD3TrainLoRA", "SD3TrainDPO", "SD3Pick"):
+        (seed,) = [socket for socket in SCHEMAS[name].inputs if socket.id == "seed"]
+        assert seed.as_dict()["control_after_generate"] is False
