@@ -12,7 +12,7 @@
 Everything lies in <output>/sd3/tiny-*; a stage whose product is there does nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,16 +154,16 @@ class Maker:
             "vae",
             lambda: VAETask(new_vae(config), config, *self.machine, basis),
             config,
-            basis=fingerprint(self.basis()),
+            {"basis": fingerprint(self.basis())},
         )
 
     def clip(self) -> Path:
         config, words = self.budget.clip, self.tokenizers()
-        return self._run("clip", lambda: CLIPTask(words, config, *self.machine), config)
+        return self._run("clip", lambda: CLIPTask(words, config, *self.machine), config, {})
 
     def t5(self) -> Path:
         config, words = self.budget.t5, self.tokenizers()
-        return self._run("t5", lambda: T5Task(words, config, *self.machine), config)
+        return self._run("t5", lambda: T5Task(words, config, *self.machine), config, {})
 
     def shelves(self) -> Path:
         """All shelves of both sizes; returns their folder."""
@@ -234,10 +234,14 @@ class Maker:
 
         names = [self._shelf(numbers).name for numbers in shelves]
         origin = {} if start is None else {"start": fingerprint(start)}
-        return self._run(stage, task, config, shelves=names, **origin)
+        return self._run(stage, task, config, {"shelves": names, **origin})
 
     def _run(
-        self, stage: str, make_task: Callable[[], Task], config: LoopConfig, **identity: Any
+        self,
+        stage: str,
+        make_task: Callable[[], Task],
+        config: LoopConfig,
+        identity: Mapping[str, Any],
     ) -> Path:
         """Train a task as the run <output>/sd3/tiny-<stage>, go on, or find it finished.
 
