@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, MutableMapping
+from contextlib import suppress
 from pathlib import Path
 
 from ..checkpoints.header import read_header
@@ -37,10 +38,11 @@ class PromptCache(MutableMapping[str, Conditioning]):
         path = self._path(key)
         try:
             tensors = read_tensors(read_header(path))
-            os.utime(path)  # the age that decides which entry leaves
-            return Conditioning(tensors["context"], tensors["pooled"])
-        except (CheckpointError, OSError) as error:  # missing, damaged, or not ours
+        except (CheckpointError, OSError) as error:  # missing or damaged
             raise KeyError(key) from error
+        with suppress(OSError):  # in a folder that may only be read
+            os.utime(path)  # the age that decides which entry leaves
+        return Conditioning(tensors["context"], tensors["pooled"])
 
     def __setitem__(self, key: str, conditioning: Conditioning) -> None:
         try:

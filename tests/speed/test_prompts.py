@@ -177,6 +177,17 @@ def test_an_entry_that_another_program_took_away_is_unknown(cache):
     assert len(cache) == 0
 
 
+def test_an_entry_is_found_in_a_folder_that_may_only_be_read(cache, monkeypatch):
+    key, conditioning = entry(1)
+    cache[key] = conditioning
+
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "utime", refused)
+    assert torch.equal(cache[key].pooled, conditioning.pooled)
+
+
 def test_the_users_cache_is_where_the_environment_says(tmp_path, monkeypatch):
     for off in ("off", "OFF", "0"):
         monkeypatch.setenv(PLACE, off)
