@@ -29,6 +29,7 @@ def pytest_ignore_collect(collection_path: Path):
 
 def start_comfyui() -> None:
     sys.path.insert(0, str(COMFYUI))
+    import utils.install_util  # noqa: F401  first, as in main.py: 0.3.64 has another utils later
     from comfy.cli_args import args
 
     args.cpu = not torch.cuda.is_available()
