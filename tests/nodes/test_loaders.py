@@ -150,7 +150,7 @@ def test_a_name_cannot_leave_its_folder(models):
 def test_only_safetensors_are_offered(folder):
     (folder("vae") / "old.ckpt").write_bytes(b"x")
     (folder("vae") / "new.safetensors").write_bytes(b"x")
-    assert files.file_names("vae") == ["new.safetensors"]
+    assert files.safetensors_in("vae") == ["new.safetensors"]
 
 
 def test_a_file_of_another_kind_is_told_apart(folder, models):
