@@ -31,7 +31,7 @@ USERS_NEED = (
     "workflows/first-picture.jpg",
     "workflows/api/first-picture.json",
 )
-DEVELOPERS_ONLY = ("tests/", ".ci/", "dev.py", "authoring/", ".gitignore")
+DEVELOPERS_ONLY = ("tests/", ".ci/", "dev.py", "docs/authoring/", ".gitignore")
 
 
 def field(name: str) -> str:

@@ -4,7 +4,7 @@ import json
 import re
 
 import pytest
-from sd3_pack.authoring.pages import DOCS, LOCALES, page_files, read_codes, read_help, schemas
+from sd3_pack.docs.authoring.pages import DOCS, LOCALES, page_files, read_codes, read_help, schemas
 from sd3_pack.nodes.errors import CODES
 from sd3_pack.sd3_core.presets import PRESETS
 
@@ -17,7 +17,7 @@ def lists(models):
 
 
 def test_the_files_are_what_the_generator_writes():
-    """Else: python authoring pages."""
+    """Else: python docs/authoring pages."""
     files = page_files()
     there = {*DOCS.glob("*.md"), *LOCALES.glob("*.json")}
     assert there == set(files)

@@ -11,12 +11,12 @@ import execution
 import folder_paths
 import pytest
 import torch
-from sd3_pack.authoring import thumbnails
-from sd3_pack.authoring.files import FOLDER, workflow_files
-from sd3_pack.authoring.graph import Graph
-from sd3_pack.authoring.node_shapes import extra_nodes, node_shapes
-from sd3_pack.authoring.thumbnails import drawing, montage, pictures, runs_here
-from sd3_pack.authoring.workflows import WORKFLOWS, describe
+from sd3_pack.docs.authoring import thumbnails
+from sd3_pack.docs.authoring.files import FOLDER, workflow_files
+from sd3_pack.docs.authoring.graph import Graph
+from sd3_pack.docs.authoring.node_shapes import extra_nodes, node_shapes
+from sd3_pack.docs.authoring.thumbnails import drawing, montage, pictures, runs_here
+from sd3_pack.docs.authoring.workflows import WORKFLOWS, describe
 from sd3_pack.nodes import NODES, TRAINING_NODES, files
 from sd3_pack.nodes.files import EMBEDDED
 from ui_to_api import NOTES, to_api
@@ -60,7 +60,7 @@ def api(name):
 
 
 def test_the_files_are_what_the_generator_writes(written):
-    """Else: python authoring workflows."""
+    """Else: python docs/authoring workflows."""
     there = {path for folder in (FOLDER, FOLDER / "api") for path in folder.glob("*.json")}
     assert there == set(written)
     assert not [path.name for path, text in written.items() if path.read_text("utf-8") != text]
@@ -183,7 +183,7 @@ def test_a_note_names_every_file_and_where_it_belongs(name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_a_thumbnail_lies_beside_it(name):
-    """The template browser shows NAME.jpg.  To make it: python authoring thumbnails --only NAME."""
+    """The template browser shows NAME.jpg; else: python docs/authoring thumbnails --only NAME."""
     content = (FOLDER / f"{name}.jpg").read_bytes()
     assert content.startswith(b"\xff\xd8\xff")
     assert len(content) < 100_000

@@ -1,6 +1,6 @@
 """What ComfyUI's front end makes of a saved workflow when Run is pressed, written from its files.
 
-Values are read by position, as every version of the front end can; authoring/ is not asked.
+Values are read by position, as every version of the front end can; docs/authoring/ is not asked.
 """
 
 from collections.abc import Mapping

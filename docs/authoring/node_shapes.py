@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ..nodes import NODES, TRAINING_NODES
+from ...nodes import NODES, TRAINING_NODES
 
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 # Of comfy_extras/, what our workflows use besides the nodes of ComfyUI's nodes.py.

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..nodes import NODES, TRAINING_NODES
+from ...nodes import NODES, TRAINING_NODES
 from .node_shapes import extra_nodes
 
 SHOWING = ("PreviewImage", "SaveImage")

@@ -14,7 +14,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
-from ..nodes.files import EMBEDDED, embedded_file
+from ...nodes.files import EMBEDDED, embedded_file
 from .files import FOLDER
 from .graph import Graph, api_form, ui_form
 from .node_shapes import NodeShape

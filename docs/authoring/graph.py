@@ -20,7 +20,7 @@ from typing import Any
 
 from .node_shapes import Input, NodeShape
 
-PACK = Path(__file__).parent.parent
+PACK = Path(__file__).parent.parent.parent
 NAMESPACE = uuid.UUID("5d3c0de0-5d3c-4b3a-9f00-5d35d35d35d3")  # of our workflows' ids
 
 # Pixels at 100 %, as the front end draws them.

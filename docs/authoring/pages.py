@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..nodes import NODES, TRAINING_NODES
-from ..nodes.files import EMBEDDED
-from ..sd3_core.presets import PRESETS
+from ...nodes import NODES, TRAINING_NODES
+from ...nodes.files import EMBEDDED
+from ...sd3_core.presets import PRESETS
 from .files import as_json
 from .graph import PACK
 
-HELP = PACK / "authoring" / "help.md"
+HELP = PACK / "docs" / "authoring" / "help.md"
 DOCS = PACK / "web" / "docs"
 LOCALES = PACK / "locales" / "en"
 CODES = "Codes"  # the section that is no node's

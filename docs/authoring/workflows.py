@@ -1,9 +1,9 @@
-"""The workflows that come with the pack, described once; `python authoring workflows` writes them.
+"""The workflows of the pack, described once; `python docs/authoring workflows` writes them.
 
 To add one: write a function here that takes a Graph and adds groups and nodes to it, let its
 docstring say what the workflow shows (it becomes the note beside the nodes, in Markdown), and put
 `@workflow("its-file-name")` above it.  Then run the command, open the file in ComfyUI, and make its
-thumbnail with `python authoring thumbnails --only its-file-name`.
+thumbnail with `python docs/authoring thumbnails --only its-file-name`.
 
     @workflow("two-words")
     def two_words(graph: Graph) -> None:
@@ -16,8 +16,8 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..nodes.files import EMBEDDED
-from ..sd3_core.presets import PRESETS, Preset, SkipLayerPreset
+from ...nodes.files import EMBEDDED
+from ...sd3_core.presets import PRESETS, Preset, SkipLayerPreset
 from .graph import Graph, ModelFile, Node, Output
 from .node_shapes import NodeShape
 
