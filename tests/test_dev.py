@@ -1,4 +1,3 @@
-
 """dev.py: what it installs when, what it runs, and how it says no."""
 
 import importlib.util
