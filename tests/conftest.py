@@ -24,6 +24,11 @@ sys.modules["sd3_pack"] = pack = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 
 
+def pytest_collection_modifyitems(items):
+    """The browser's tests come last: Playwright leaves an event loop running in their thread."""
+    items.sort(key=lambda item: "browser" in item.path.parts)
+
+
 @pytest.fixture
 def golden():
     """golden(name) -> (tensors, json) of one recording in tests/golden."""

@@ -49,8 +49,10 @@ def test_turbo_takes_four_steps_and_one_branch():
     assert (turbo.steps, turbo.cfg) == (4, 1.0)
 
 
-def test_shift_is_three_for_all():
-    assert {preset.shift for preset in PRESETS.values()} == {3.0}
+def test_shift_is_three_for_all_released_models():
+    released = [name for name in PRESETS if name != "sd3_tiny"]
+    assert {PRESETS[name].shift for name in released} == {3.0}
+    assert PRESETS["sd3_tiny"].shift < 2  # of a picture of 128 pixels
 
 
 def test_skip_layers_exist_in_their_network():

@@ -19,7 +19,7 @@ from comfy.cli_args import args
 args.cpu = True
 import nodes
 import comfy.sd, comfy.lora, comfy.lora_convert, comfy_api.latest  # what ComfyUI has loaded by then
-import latent_preview
+import latent_preview, server
 start = time.process_time()
 found = asyncio.run(nodes.load_custom_node(sys.argv[2], module_parent="custom_nodes"))
 seconds = time.process_time() - start
