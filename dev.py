@@ -81,13 +81,13 @@ def wanted(purpose: str) -> list[str]:
 
     Where there is a ComfyUI, both run in it and need what it needs.
     """
-    files = [ROOT / "requirements.txt"]
-    packages = list(RUNTIME)
-    if comfyui := find_comfyui():
+    comfyui, tested = find_comfyui(), purpose == "test"
+    packages: list[str] = list(RUNTIME)
+    if comfyui or tested:
         packages += TORCH_COMPANIONS
-        files.append(comfyui / "requirements.txt")
-    if purpose == "test":
-        packages += [*TORCH_COMPANIONS, *CHECKERS, *ORACLES]
+    if tested:
+        packages += [*CHECKERS, *ORACLES]
+    files = [ROOT / "requirements.txt", *([comfyui / "requirements.txt"] if comfyui else [])]
     return packages + [argument for file in files for argument in ("-r", str(file))]
 
 

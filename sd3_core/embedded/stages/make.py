@@ -77,7 +77,7 @@ def large_pictures(count: int) -> tuple[Numbers, ...]:
 
 
 BUDGETS = {
-    # About two hours of two cores.
+    # Two to three hours of two cores.
     "laptop": Budget(
         vae=VAEStage(steps=6000, batch_size=8, learning_rate=1e-3),
         clip=CLIPStage(steps=1500),
@@ -86,7 +86,7 @@ BUDGETS = {
         flow_64=FlowStage(steps=2000, batch_size=64, ema=0.998, encoder_dropout=0.0),
         large=large_pictures(56_000),
         flow_128=FlowStage(
-            steps=9500,
+            steps=12_000,
             batch_size=64,
             learning_rate=1.2e-3,
             shift=1.5,
