@@ -273,7 +273,7 @@ def run_generate(options: argparse.Namespace) -> int:
 def run_verify(options: argparse.Namespace) -> int:
     from .verify import verify
 
-    comparison = verify(options.picture, drawing_files(options), progress())
+    comparison = verify(options.picture, chosen_files(options), progress())
     print(comparison.sentence())
     return 0 if comparison.equal else 1
 
