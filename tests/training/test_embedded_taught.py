@@ -7,6 +7,7 @@ verdicts lifts a category whose prompts it never sees.
 """
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -27,9 +28,13 @@ from sd3_pack.sd3_core.training.config import TrainConfig
 from sd3_pack.sd3_core.training.folders import Source
 from sd3_pack.sd3_core.training.trainer import train
 
+CLAIMS = Path(__file__).parent.parent / "embedded" / "score.json"
+SINGLE = json.loads(CLAIMS.read_text(encoding="utf-8"))[0]["share"]
+
 pytestmark = [
     pytest.mark.long,
-    pytest.mark.skipif(not FILE.exists(), reason=f"the embedded model is not here: {FILE.name}"),
+    # Nothing can be seen of a lesson in a model that does not draw single things yet.
+    pytest.mark.skipif(SINGLE < 0.8, reason=f"{FILE.name} draws {SINGLE:.0%} of single objects"),
 ]
 
 SIDE = 128  # pixels
