@@ -192,10 +192,16 @@ def add_check(command: argparse.ArgumentParser) -> None:
     command.add_argument("prompt", help="what it should show")
 
 
+TINY_STAGES = (
+    "words, basis, vae, clip, t5, shelves, flow-64, flow-128, pack; all of them: all; "
+    "the shipped model's own, to go on from: unpack"
+)
+
+
 def add_tiny(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_tiny)
     add = command.add_argument
-    add("stage", help="words, vae, decoder, clip, t5, shelves, flow-64, flow-128, pack, or all")
+    add("stage", help=TINY_STAGES)
     add("--budget", default="laptop", help="laptop (two hours of two cores) or gpu")
     add("--output", type=Path, default=Path("output"), metavar="FOLDER")
     add("--dtype", default="auto", help="auto, bf16, fp32; bf16 is faster on many CPUs, too")
@@ -417,11 +423,11 @@ def run_check(options: argparse.Namespace) -> int:
 
 
 def run_tiny(options: argparse.Namespace) -> int:
-    from .embedded.stages.make import BUDGETS, STAGES, Maker
+    from .embedded.stages.make import BUDGETS, IN_ORDER, STAGES, Maker
 
     if options.budget not in BUDGETS:
         raise ValueError(f"budget is {options.budget!r}; choose {' or '.join(BUDGETS)}.")
-    stages = list(STAGES) if options.stage == "all" else [options.stage]
+    stages = list(IN_ORDER) if options.stage == "all" else [options.stage]
     if not set(stages) <= set(STAGES):
         raise ValueError(f"stage is {options.stage!r}; choose {', '.join(STAGES)} or all.")
     bar = TrainingBar()

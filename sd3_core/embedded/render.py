@@ -3,11 +3,15 @@
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import font
 from .shapes import FORMS
-from .world import COLOURS, GROUNDS, WORD, Scene, Thing
+from .world import COLOURS, GROUNDS, SHAPES, WORD, Scene, Thing
+
+KINDS = (*SHAPES, WORD)  # what a label's first number counts, from 1
+CELL = 8  # pixels a side of what a label is of: one latent pixel
 
 
 def draw(scenes: Sequence[Scene], device: torch.device | str = "cpu") -> Tensor:
@@ -32,6 +36,30 @@ def draw(scenes: Sequence[Scene], device: torch.device | str = "cpu") -> Tensor:
             change = (colours - grounds[rows])[:, :, None, None] * cover[:, None]
             pictures.index_add_(0, rows, change)  # things never overlap
     return pictures * 2 - 1
+
+
+def labels(scenes: Sequence[Scene]) -> Tensor:
+    """What lies in each cell of 8 x 8 pixels: [B, 2, H/8, W/8], uint8.
+
+    The first number is the shape's (0: ground, then KINDS), the second the colour's (0, then
+    COLOURS), of the thing that covers most of the cell, if it covers an eighth of it.
+    """
+    width, height = scenes[0].width, scenes[0].height
+    found = torch.zeros(len(scenes), 2, height // CELL, width // CELL, dtype=torch.uint8)
+    most = torch.full((len(scenes), height // CELL, width // CELL), 0.125)
+    colours = list(COLOURS)
+    for number, shape in enumerate(KINDS, 1):
+        some = [(i, thing) for i, one in enumerate(scenes) for thing in one.things]
+        some = [(i, thing) for i, thing in some if thing.shape == shape]
+        if not some:
+            continue
+        covers = _covers(shape, [thing for _, thing in some], width, height, "cpu")
+        shares = F.avg_pool2d(covers[:, None], CELL)[:, 0]
+        for (i, thing), share in zip(some, shares, strict=True):
+            here = share > most[i]
+            most[i][here] = share[here]
+            found[i, 0][here], found[i, 1][here] = number, 1 + colours.index(thing.colour)
+    return found
 
 
 def _covers(

@@ -6,27 +6,35 @@ import re
 
 import pytest
 import torch
+from sd3_pack.sd3_core.checkpoints.header import read_header
+from sd3_pack.sd3_core.checkpoints.load import load_vae
+from sd3_pack.sd3_core.checkpoints.save import save_tensors
+from sd3_pack.sd3_core.checkpoints.tensors import read_tensors
 from sd3_pack.sd3_core.conditioning import Conditioning
 from sd3_pack.sd3_core.embedded.captions import full_caption, short_caption
 from sd3_pack.sd3_core.embedded.drawing import Painter
-from sd3_pack.sd3_core.embedded.render import draw
+from sd3_pack.sd3_core.embedded.model import FILE, NAME
+from sd3_pack.sd3_core.embedded.render import KINDS, draw, labels
 from sd3_pack.sd3_core.embedded.requests import known_words
 from sd3_pack.sd3_core.embedded.scenes import scenes
-from sd3_pack.sd3_core.embedded.stages.basis import Basis, fit_basis
+from sd3_pack.sd3_core.embedded.stages.basis import Basis, basis_of, fit_basis
 from sd3_pack.sd3_core.embedded.stages.flow import (
     FlowStage,
+    Labels,
     ShelfTask,
     explicit_attention,
     new_mmdit,
 )
 from sd3_pack.sd3_core.embedded.stages.make import (
     BUDGETS,
+    IN_ORDER,
     STAGES,
     Budget,
     Maker,
     large_pictures,
     small_pictures,
 )
+from sd3_pack.sd3_core.embedded.stages.pack import unpack
 from sd3_pack.sd3_core.embedded.stages.samples import crops
 from sd3_pack.sd3_core.embedded.stages.shelf import PARTS, Encoders, Shelf, assemble, caption
 from sd3_pack.sd3_core.embedded.stages.text import (
@@ -47,10 +55,11 @@ from sd3_pack.sd3_core.embedded.stages.vae import (
     surprise,
 )
 from sd3_pack.sd3_core.embedded.stages.words import write_tokenizers
+from sd3_pack.sd3_core.embedded.world import COLOURS
 from sd3_pack.sd3_core.models.attention import attention
 from sd3_pack.sd3_core.models.clip import CLIPTextModel
 from sd3_pack.sd3_core.models.t5 import T5Encoder
-from sd3_pack.sd3_core.models.vae import Posterior
+from sd3_pack.sd3_core.models.vae import Posterior, to_model_space
 from sd3_pack.sd3_core.settings import Files, Settings
 from sd3_pack.sd3_core.text.encoders import TextEncoders
 from sd3_pack.sd3_core.text.vocabularies import find_tokenizers
@@ -156,6 +165,17 @@ def test_a_basis_comes_back_from_its_file(basis, tmp_path):
     assert torch.equal(again.bias, basis.bias)
 
 
+def test_the_shipped_vae_tells_its_basis():
+    vae = load_vae(FILE, dtype=torch.float32)
+    read = basis_of(vae, pictures=100)
+    pictures = draw(scenes(0, range(1000, 1032), (128, 128)))
+    with torch.no_grad():
+        expected = to_model_space(vae.encode(pictures).mean)
+    missed = (read(pictures) - expected).var() / expected.var()
+    assert missed < 0.01
+    assert (fit_basis(16, pictures=100)(pictures) - expected).var() / expected.var() > 0.1
+
+
 def test_both_halves_learn_from_the_basis_and_neither_from_the_other(basis):
     config = VAEStage(batch_size=2)
     task = VAETask(new_vae(config), config, CPU, FLOAT, basis)
@@ -252,16 +272,69 @@ def shelf():
     made.tensors |= {
         f"empty.{name}": torch.randn(1, *shapes[name], generator=draws).half() for name in PARTS
     }
+    made.tensors["labels"] = torch.randint(8, (50, 2, 8, 8), generator=draws, dtype=torch.uint8)
     return made
 
 
 def test_the_first_loss_is_that_of_saying_nothing(shelf):
     task = ShelfTask(new_mmdit(0), [(shelf, 1.0)], shelf, FlowStage(), CPU, FLOAT)
     with torch.no_grad():
-        first = task.loss(0, range(64), 64).each
+        losses = task.loss(0, range(64), 64)
+    first, asked = losses.logs["velocity"], losses.logs["labels"]
+    torch.testing.assert_close(losses.each, first + 0.1 * asked)
+    # who has learnt nothing finds all eight shapes and all nine colours equally likely
+    torch.testing.assert_close(asked, torch.full_like(asked, math.log(8) + math.log(9)))
+    with torch.no_grad():
         measured = task.validate()
     assert 1.9 < float(first.mean()) < 2.1  # E|noise - x0|² of unit variances
     assert measured["loss"] == pytest.approx(2.0, abs=0.1)
+
+
+def test_without_its_weight_the_question_is_not_asked(shelf):
+    asking, silent = (
+        ShelfTask(new_mmdit(0), [(shelf, 1.0)], shelf, FlowStage(label_weight=w), CPU, FLOAT)
+        for w in (0.1, 0.0)
+    )
+    assert set(asking.parameters) - set(silent.parameters) == {
+        "labels.linear.weight",
+        "labels.linear.bias",
+    }
+    losses = silent.loss(0, range(8), 8)
+    torch.testing.assert_close(losses.each, asking.loss(0, range(8), 8).logs["velocity"])
+    assert not losses.logs
+
+
+def test_each_pixel_of_the_latents_is_asked_for_its_own_label():
+    """Tokens that say the truth about each of their four pixels cost nothing."""
+    head = Labels(hidden=4 * 17, patch=2)
+    with torch.no_grad():
+        head.linear.weight.copy_(torch.eye(4 * 17) * 10)
+    draws = torch.Generator().manual_seed(0)
+    truth = torch.stack(
+        [torch.randint(count, (3, 6, 8), generator=draws) for count in head.counts], dim=1
+    )
+    shapes, colours = (
+        torch.nn.functional.one_hot(truth[:, part], count) for part, count in enumerate(head.counts)
+    )
+    said = torch.cat((shapes, colours), dim=3).reshape(3, 3, 2, 4, 2, 17)
+    tokens = said.transpose(2, 3).flatten(3).flatten(1, 2).float()
+    assert head(tokens, truth).max() < 1e-3
+    assert head(tokens, truth.flip(3)).min() > 1
+
+
+def test_labels_are_what_the_picture_shows():
+    made = scenes(5, range(64), (128, 96))
+    found, pictures = labels(made), draw(made) / 2 + 0.5
+    assert found.shape == (64, 2, 12, 16)
+    assert found.dtype == torch.uint8
+    for scene, label, picture in zip(made, found, pictures, strict=True):
+        told = {(1 + KINDS.index(t.shape), 1 + list(COLOURS).index(t.colour)) for t in scene.things}
+        seen = set(map(tuple, label.flatten(1).T.tolist())) - {(0, 0)}
+        assert seen == told
+        for number, name in enumerate(COLOURS, 1):
+            near = (picture - torch.tensor(COLOURS[name])[:, None, None]).norm(dim=0) < 0.05
+            whole = near.reshape(12, 8, 16, 8).float().mean((1, 3)) == 1
+            assert bool((label[1][whole] == number).all())
 
 
 def test_a_dropped_encoder_is_zero_and_the_others_stay(shelf):
@@ -327,14 +400,14 @@ def test_all_stages_make_a_model_that_draws(tmp_path, monkeypatch):
     maker = Maker(tmp_path, SMALLEST, "cpu", "fp32", on_note=notes.append)
     with pytest.raises(ValueError, match="run the stage clip first"):
         maker.shelves()
-    for stage in STAGES.values():
+    for stage in map(STAGES.get, IN_ORDER):
         made = stage(maker)
     assert made.stat().st_size < 15_000_000
     pictures = Painter(Files(checkpoint=made), Settings(prompt="", steps=2))(["a red star"] * 2, 1)
     assert pictures.shape == (2, 3, 128, 128)
     assert not torch.equal(pictures[0], pictures[1])
     notes.clear()
-    for stage in STAGES.values():
+    for stage in map(STAGES.get, IN_ORDER):
         stage(maker)
     finished = [note for note in notes if note.endswith("is finished")]
     assert len(finished) == 5  # every stage that learns: nothing is done twice
@@ -342,6 +415,30 @@ def test_all_stages_make_a_model_that_draws(tmp_path, monkeypatch):
     again = Maker(tmp_path, dataclasses.replace(SMALLEST, t5=longer), "cpu", "fp32")
     again.t5()
     assert (tmp_path / "sd3" / "tiny-t5" / "state" / "step-00000005.safetensors").exists()
+
+
+def test_the_shipped_model_comes_apart_and_together(tmp_path):
+    maker = Maker(tmp_path, BUDGETS["laptop"], "cpu", "fp32")
+    maker.unpack()
+    for stage in ("vae", "clip", "t5", "flow-64"):
+        assert maker.product(stage).exists()
+    flow = tmp_path / "sd3" / "tiny-flow-128" / "model" / "tiny-flow-128.safetensors"
+    flow.parent.mkdir(parents=True)
+    flow.write_bytes(maker.product("flow-64").read_bytes())
+    before, after = (read_header(path) for path in (FILE, maker.pack()))
+    first, second = read_tensors(before), read_tensors(after)
+    assert first.keys() == second.keys()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert NAME in before.metadata.values()
+    with pytest.raises(ValueError, match="is there already: name another --output"):
+        maker.unpack()
+
+
+def test_only_an_embedded_model_comes_apart(tmp_path):
+    strange = save_tensors(tmp_path / "other.safetensors", {"a": torch.zeros(1)})
+    paths = dict.fromkeys(("mmdit", "vae", "clips", "t5", "tokenizers", "basis"), tmp_path / "x")
+    with pytest.raises(ValueError, match="no embedded model"):
+        unpack(strange, **paths)
 
 
 def test_budgets_name_every_scene_once():

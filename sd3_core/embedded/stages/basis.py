@@ -16,6 +16,7 @@ from torch import Tensor
 from ...checkpoints.header import read_header
 from ...checkpoints.save import save_tensors
 from ...checkpoints.tensors import read_tensors
+from ...models.vae import VAE, to_model_space
 from ..render import draw
 from .samples import TRAINING, scenes_of
 
@@ -70,3 +71,28 @@ def fit_basis(channels: int, pictures: int = PICTURES) -> Basis:
     weight = (vectors * scale).T
     bias = -(weight @ mean)
     return Basis(weight.reshape(channels, 3, SIDE, SIDE).float(), bias.float())
+
+
+@torch.no_grad()
+def basis_of(vae: VAE, pictures: int = 600) -> Basis:
+    """The basis that a VAE was taught, read off its encoder by least squares.
+
+    Which way a component points, and which two of almost equal variance come first, is chance: a
+    model that goes on from shipped weights needs the components that those were made with.
+    """
+    half = pictures // 2
+    patches, latents = [], []
+    for size in SIZES:
+        for start in range(0, half, 50):
+            drawn = draw(scenes_of(TRAINING, range(start, start + 50), size))
+            means = to_model_space(vae.encode(drawn).mean)
+            patches.append(F.unfold(drawn, SIDE, stride=SIDE).transpose(1, 2).flatten(0, 1))
+            latents.append(means.flatten(2).transpose(1, 2).flatten(0, 1))
+    seen, found = torch.cat(patches).double(), torch.cat(latents).double()
+    middle = seen.mean(0)
+    seen, bias = seen - middle, found.mean(0)
+    # flat grounds leave most directions of a patch unseen: a little ridge keeps these at 0
+    ridge = 1e-6 * len(seen) * torch.eye(seen.shape[1], dtype=torch.float64)
+    weight = torch.linalg.solve(seen.T @ seen + ridge, seen.T @ (found - bias)).T
+    shape = (len(weight), 3, SIDE, SIDE)
+    return Basis(weight.reshape(shape).float(), (bias - weight @ middle).float())

@@ -9,6 +9,8 @@
     flow-128  the MMDiT on large ones
     pack      all of it as one file
 
+    unpack    instead of all before shelves, and flow-64: the shipped model's, to go on from
+
 Everything lies in <output>/sd3/tiny-*; a stage whose product is there does nothing.
 """
 
@@ -26,10 +28,10 @@ from ...text.vocabularies import Tokenizers, find_tokenizers
 from ...training.config import LoopConfig, plain_settings
 from ...training.loop import OnNote, OnStep, Task, fit, ignore, product_path
 from ...training.run import open_run
-from ..model import NAME
+from ..model import FILE, NAME
 from .basis import Basis, fit_basis
 from .flow import FlowStage, ShelfTask, compile_blocks, load_mmdit_to_train, new_mmdit
-from .pack import pack
+from .pack import pack, unpack
 from .samples import HELD, TRAINING, Size
 from .shelf import Encoders, Shelf, write_shelf
 from .text import CLIPStage, CLIPTask, T5Stage, T5Task
@@ -84,16 +86,17 @@ BUDGETS = {
         t5=T5Stage(steps=1000),
         small=small_pictures(24_000),
         flow_64=FlowStage(steps=2000, batch_size=64, ema=0.998, encoder_dropout=0.0),
-        large=large_pictures(56_000),
+        large=large_pictures(80_000),
         flow_128=FlowStage(
-            steps=12_000,
-            batch_size=64,
-            learning_rate=1.2e-3,
+            steps=24_000,
+            batch_size=32,
+            learning_rate=8e-4,
             shift=1.5,
-            warmup=100,
-            ema=0.998,
-            encoder_dropout_from=0.8,
+            warmup=200,
+            encoder_dropout_from=0.85,
             lr_schedule="cosine",
+            checkpoint_every=1000,
+            validate_every=1000,
         ),
     ),
     # About an hour of one large GPU, by the guide's estimates; not yet run.
@@ -139,14 +142,12 @@ class Maker:
     def words(self) -> Path:
         from .words import write_tokenizers
 
-        folder = self.output / "sd3" / "tiny-words"
-        return folder if folder.exists() else write_tokenizers(folder)
+        return self._words if self._words.exists() else write_tokenizers(self._words)
 
     def basis(self) -> Path:
-        path = self.output / "sd3" / "tiny-basis.safetensors"
-        if not path.exists():
-            fit_basis(self.budget.vae.latent_channels).save(path)
-        return path
+        if not self._basis.exists():
+            fit_basis(self.budget.vae.latent_channels).save(self._basis)
+        return self._basis
 
     def vae(self) -> Path:
         config, basis = self.budget.vae, Basis.load(self.basis())
@@ -199,6 +200,19 @@ class Maker:
             },
         )
 
+    def unpack(self) -> Path:
+        """The shipped model as the stages' products; returns their folder."""
+        unpack(
+            FILE,
+            mmdit=self._product("flow-64"),
+            vae=self._product("vae"),
+            clips=self._product("clip"),
+            t5=self._product("t5"),
+            tokenizers=self._words,
+            basis=self._basis,
+        )
+        return self.output / "sd3"
+
     def tokenizers(self) -> Tokenizers:
         return find_tokenizers(("clip_l", "clip_g", "t5"), directory=self.words())
 
@@ -216,10 +230,13 @@ class Maker:
 
     def product(self, stage: str) -> Path:
         """The file that a stage has made.  Raises ValueError when it has not."""
-        path = self.output / "sd3" / f"tiny-{stage}" / "model" / f"tiny-{stage}.safetensors"
+        path = self._product(stage)
         if not path.exists():
             raise ValueError(f"{path} is not there: run the stage {stage} first.")
         return path
+
+    def _product(self, stage: str) -> Path:
+        return self.output / "sd3" / f"tiny-{stage}" / "model" / f"tiny-{stage}.safetensors"
 
     def _flow(
         self, stage: str, config: FlowStage, shelves: tuple[Numbers, ...], start: Path | None
@@ -260,6 +277,14 @@ class Maker:
             return product
 
     @property
+    def _words(self) -> Path:
+        return self.output / "sd3" / "tiny-words"
+
+    @property
+    def _basis(self) -> Path:
+        return self.output / "sd3" / "tiny-basis.safetensors"
+
+    @property
     def _shelf_folder(self) -> Path:
         return self.output / "sd3" / "tiny-shelves"
 
@@ -283,3 +308,5 @@ STAGES: dict[str, Callable[[Maker], Path]] = {
     "flow-128": Maker.flow_128,
     "pack": Maker.pack,
 }
+IN_ORDER = tuple(STAGES)  # of a model from nothing
+STAGES["unpack"] = Maker.unpack

@@ -1,14 +1,18 @@
-"""The stages' networks and the tokenizers as one file: the released models' layout, fp16."""
+"""The stages' networks and the tokenizers as one file: the released models' layout, fp16; and back."""
 
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 
+from ...checkpoints.header import read_header
+from ...checkpoints.layouts import PREFIXES
 from ...checkpoints.load import load_clip, load_mmdit, load_t5, load_vae
-from ...checkpoints.save import export_checkpoint
-from ...text.vocabularies import pack_tokenizers
+from ...checkpoints.save import export_checkpoint, save_bytes, save_tensors
+from ...checkpoints.tensors import read_tensors
+from ...text.vocabularies import CHECKPOINT_PREFIXES, FOLDERS, pack_tokenizers
 from ..model import MODEL_KEY, NAME
+from .basis import basis_of
 
 LARGEST = 15_000_000  # bytes
 
@@ -37,3 +41,31 @@ def pack(
     if written.stat().st_size > LARGEST:
         raise ValueError(f"{path}: is {written.stat().st_size} bytes, more than {LARGEST}.")
     return written
+
+
+def unpack(
+    model: Path, *, mmdit: Path, vae: Path, clips: Path, t5: Path, tokenizers: Path, basis: Path
+) -> None:
+    """The opposite of `pack`: what each stage would have left, so that one may go on from there.
+
+    Raises ValueError when one of the files is there already, and when this is no embedded model.
+    """
+    header = read_header(model)
+    if MODEL_KEY not in header.metadata:
+        raise ValueError(
+            f"{model} is no embedded model: there are no stages to take it apart into."
+        )
+    for path in (mmdit, vae, clips, t5, tokenizers, basis):
+        if path.exists():
+            raise ValueError(f"{path} is there already: name another --output.")
+    tensors = read_tensors(header)
+    for name, prefix in CHECKPOINT_PREFIXES.items():
+        for key in [key for key in tensors if key.startswith(prefix)]:
+            data = bytes(tensors.pop(key).numpy())
+            save_bytes(tokenizers / FOLDERS[name][0] / key.removeprefix(prefix), data)
+    destinations = {"mmdit": mmdit, "vae": vae, "clip_l": clips, "clip_g": clips, "t5": t5}
+    for path in set(destinations.values()):
+        prefixes = tuple(PREFIXES[name] for name, one in destinations.items() if one == path)
+        part = {key: tensor for key, tensor in tensors.items() if key.startswith(prefixes)}
+        save_tensors(path, part, {MODEL_KEY: header.metadata[MODEL_KEY]})
+    basis_of(load_vae(vae, dtype=torch.float32)).save(basis)

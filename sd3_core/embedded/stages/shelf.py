@@ -1,7 +1,8 @@
 """Pictures and captions of the world, encoded once and kept: what the MMDiT learns from.
 
-A shelf is one file: latents in model space and what each encoder makes of each caption, in fp16.
-Encoders stay apart in it, so that each may be dropped by itself.
+A shelf is one file: latents in model space, what lies in each of their pixels (render.labels), and
+what each encoder makes of each caption, in fp16.  Encoders stay apart in it, so that each may be
+dropped by itself.
 """
 
 import json
@@ -20,7 +21,7 @@ from ...models.clip import CLIPTextModel
 from ...models.t5 import T5Encoder
 from ...text.vocabularies import Tokenizers
 from ..captions import full_caption, short_caption
-from ..render import draw
+from ..render import draw, labels
 from ..world import Scene
 from .basis import Basis
 from .samples import Size, scenes_of
@@ -78,7 +79,7 @@ def write_shelf(
 
     identity: of the encoders.
     """
-    wanted = json.dumps([seed, numbers.start, numbers.stop, size, identity])
+    wanted = json.dumps(["labels", seed, numbers.start, numbers.stop, size, identity])
     if path.exists() and read_header(path).metadata.get("sd3_workbench.shelf") == wanted:
         return path
     chunks: list[dict[str, Tensor]] = []
@@ -90,7 +91,8 @@ def write_shelf(
             for one, number in zip(scenes, some, strict=True)
         ]
         chunk = {"latents": encoders.see(scenes), **encoders.read(captions)}
-        chunks.append({name: tensor.half().cpu() for name, tensor in chunk.items()})
+        halves = {name: tensor.half().cpu() for name, tensor in chunk.items()}
+        chunks.append({"labels": labels(scenes), **halves})
     tensors = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
     empty = {f"empty.{name}": tensor.half().cpu() for name, tensor in encoders.read([""]).items()}
     return save_tensors(path, tensors | empty, {"sd3_workbench.shelf": wanted})
@@ -108,6 +110,10 @@ class Shelf:
     def latents(self, places: Tensor) -> Tensor:
         """[B, C, h, w] in model space."""
         return self.tensors["latents"][places].float()
+
+    def labels(self, places: Tensor) -> Tensor:
+        """[B, 2, h, w], see render.labels."""
+        return self.tensors["labels"][places].long()
 
     def conditioning(
         self, places: Tensor, untold: Tensor, dropped: Mapping[str, Tensor]
