@@ -12,6 +12,7 @@ from .world import COLOURS, GROUNDS, SHAPES, WORD, Scene, Thing
 
 KINDS = (*SHAPES, WORD)  # what a label's first number counts, from 1
 CELL = 8  # pixels a side of what a label is of: one latent pixel
+REACH = 32  # pixels: the unit of places
 
 
 def draw(scenes: Sequence[Scene], device: torch.device | str = "cpu") -> Tensor:
@@ -38,15 +39,21 @@ def draw(scenes: Sequence[Scene], device: torch.device | str = "cpu") -> Tensor:
     return pictures * 2 - 1
 
 
-def labels(scenes: Sequence[Scene]) -> Tensor:
-    """What lies in each cell of 8 x 8 pixels: [B, 2, H/8, W/8], uint8.
+def truth(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
+    """What lies in each cell of 8 x 8 pixels, and where the middle of that thing is.
 
-    The first number is the shape's (0: ground, then KINDS), the second the colour's (0, then
-    COLOURS), of the thing that covers most of the cell, if it covers an eighth of it.
+    The thing is the one that covers most of the cell, if it covers an eighth of it.
+    Returns labels [B, 2, H/8, W/8], uint8: the shape (0: ground, then KINDS), the colour (0, then
+    COLOURS); and places [B, 3, H/8, W/8], float32: from the cell's middle to the thing's centroid,
+    right and down, and its radius, in REACH; 0 where there is ground.
     """
     width, height = scenes[0].width, scenes[0].height
-    found = torch.zeros(len(scenes), 2, height // CELL, width // CELL, dtype=torch.uint8)
-    most = torch.full((len(scenes), height // CELL, width // CELL), 0.125)
+    rows, columns = height // CELL, width // CELL
+    labels = torch.zeros(len(scenes), 2, rows, columns, dtype=torch.uint8)
+    places = torch.zeros(len(scenes), 3, rows, columns)
+    most = torch.full((len(scenes), rows, columns), 0.125)
+    x = (torch.arange(columns) + 0.5) * CELL
+    y = ((torch.arange(rows) + 0.5) * CELL)[:, None]
     colours = list(COLOURS)
     for number, shape in enumerate(KINDS, 1):
         some = [(i, thing) for i, one in enumerate(scenes) for thing in one.things]
@@ -58,8 +65,10 @@ def labels(scenes: Sequence[Scene]) -> Tensor:
         for (i, thing), share in zip(some, shares, strict=True):
             here = share > most[i]
             most[i][here] = share[here]
-            found[i, 0][here], found[i, 1][here] = number, 1 + colours.index(thing.colour)
-    return found
+            labels[i, 0][here], labels[i, 1][here] = number, 1 + colours.index(thing.colour)
+            way = torch.broadcast_tensors(thing.x - x, thing.y - y, torch.tensor(thing.radius))
+            places[i][:, here] = torch.stack(way)[:, here] / REACH
+    return labels, places
 
 
 def _covers(

@@ -14,13 +14,13 @@ from sd3_pack.sd3_core.conditioning import Conditioning
 from sd3_pack.sd3_core.embedded.captions import full_caption, short_caption
 from sd3_pack.sd3_core.embedded.drawing import Painter
 from sd3_pack.sd3_core.embedded.model import FILE, NAME
-from sd3_pack.sd3_core.embedded.render import KINDS, draw, labels
+from sd3_pack.sd3_core.embedded.render import KINDS, REACH, draw, truth
 from sd3_pack.sd3_core.embedded.requests import known_words
 from sd3_pack.sd3_core.embedded.scenes import scenes
 from sd3_pack.sd3_core.embedded.stages.basis import Basis, basis_of, fit_basis
 from sd3_pack.sd3_core.embedded.stages.flow import (
+    Asked,
     FlowStage,
-    Labels,
     ShelfTask,
     explicit_attention,
     new_mmdit,
@@ -273,6 +273,7 @@ def shelf():
         f"empty.{name}": torch.randn(1, *shapes[name], generator=draws).half() for name in PARTS
     }
     made.tensors["labels"] = torch.randint(8, (50, 2, 8, 8), generator=draws, dtype=torch.uint8)
+    made.tensors["places"] = torch.randn(50, 3, 8, 8, generator=draws).half()
     return made
 
 
@@ -280,8 +281,8 @@ def test_the_first_loss_is_that_of_saying_nothing(shelf):
     task = ShelfTask(new_mmdit(0), [(shelf, 1.0)], shelf, FlowStage(), CPU, FLOAT)
     with torch.no_grad():
         losses = task.loss(0, range(64), 64)
-    first, asked = losses.logs["velocity"], losses.logs["labels"]
-    torch.testing.assert_close(losses.each, first + 0.1 * asked)
+    first, asked, missed = (losses.logs[name] for name in ("velocity", "labels", "places"))
+    torch.testing.assert_close(losses.each, first + 0.1 * asked + 0.5 * missed)
     # who has learnt nothing finds all eight shapes and all nine colours equally likely
     torch.testing.assert_close(asked, torch.full_like(asked, math.log(8) + math.log(9)))
     with torch.no_grad():
@@ -292,42 +293,51 @@ def test_the_first_loss_is_that_of_saying_nothing(shelf):
 
 def test_without_its_weight_the_question_is_not_asked(shelf):
     asking, silent = (
-        ShelfTask(new_mmdit(0), [(shelf, 1.0)], shelf, FlowStage(label_weight=w), CPU, FLOAT)
-        for w in (0.1, 0.0)
+        ShelfTask(new_mmdit(0), [(shelf, 1.0)], shelf, config, CPU, FLOAT)
+        for config in (FlowStage(), FlowStage(label_weight=0.0, place_weight=0.0))
     )
     assert set(asking.parameters) - set(silent.parameters) == {
-        "labels.linear.weight",
-        "labels.linear.bias",
+        "asked.linear.weight",
+        "asked.linear.bias",
     }
     losses = silent.loss(0, range(8), 8)
     torch.testing.assert_close(losses.each, asking.loss(0, range(8), 8).logs["velocity"])
     assert not losses.logs
 
 
-def test_each_pixel_of_the_latents_is_asked_for_its_own_label():
+def test_each_pixel_of_the_latents_is_asked_for_its_own_truth():
     """Tokens that say the truth about each of their four pixels cost nothing."""
-    head = Labels(hidden=4 * 17, patch=2)
-    with torch.no_grad():
-        head.linear.weight.copy_(torch.eye(4 * 17) * 10)
+    head = Asked(hidden=4 * 20, patch=2)
     draws = torch.Generator().manual_seed(0)
-    truth = torch.stack(
-        [torch.randint(count, (3, 6, 8), generator=draws) for count in head.counts], dim=1
-    )
     shapes, colours = (
-        torch.nn.functional.one_hot(truth[:, part], count) for part, count in enumerate(head.counts)
+        torch.randint(count, (3, 6, 8), generator=draws) for count in head.counts[:2]
     )
-    said = torch.cat((shapes, colours), dim=3).reshape(3, 3, 2, 4, 2, 17)
-    tokens = said.transpose(2, 3).flatten(3).flatten(1, 2).float()
-    assert head(tokens, truth).max() < 1e-3
-    assert head(tokens, truth.flip(3)).min() > 1
+    places = torch.rand(3, 6, 8, 3, generator=draws)
+    one_hot = torch.nn.functional.one_hot
+    said = torch.cat((10 * one_hot(shapes, 8), 10 * one_hot(colours, 9), places), dim=3)
+    tokens = said.reshape(3, 3, 2, 4, 2, 20).transpose(2, 3).flatten(3).flatten(1, 2)
+    # the head sees normalised tokens: give it the inverse of that
+    mean, std = tokens.mean(2, keepdim=True), tokens.std(2, unbiased=False, keepdim=True)
+    with torch.no_grad():
+        head.linear.weight.copy_(torch.eye(4 * 20))
+    head.linear.forward = lambda normed: normed * std + mean
+    labels, where = torch.stack((shapes, colours), dim=1), places.movedim(3, 1)
+    wrong, missed = head(tokens, labels, where)
+    assert wrong.max() < 1e-2
+    assert missed.max() < 1e-4
+    wrong, missed = head(tokens, labels.flip(3), where.flip(3))
+    assert wrong.min() > 1
+    assert missed.min() > 0.1
 
 
-def test_labels_are_what_the_picture_shows():
+def test_the_truth_is_what_the_picture_shows():
     made = scenes(5, range(64), (128, 96))
-    found, pictures = labels(made), draw(made) / 2 + 0.5
+    (found, places), pictures = truth(made), draw(made) / 2 + 0.5
     assert found.shape == (64, 2, 12, 16)
     assert found.dtype == torch.uint8
-    for scene, label, picture in zip(made, found, pictures, strict=True):
+    assert places.shape == (64, 3, 12, 16)
+    x, y = (torch.arange(16) + 0.5) * 8, ((torch.arange(12) + 0.5) * 8)[:, None]
+    for scene, label, place, picture in zip(made, found, places, pictures, strict=True):
         told = {(1 + KINDS.index(t.shape), 1 + list(COLOURS).index(t.colour)) for t in scene.things}
         seen = set(map(tuple, label.flatten(1).T.tolist())) - {(0, 0)}
         assert seen == told
@@ -335,6 +345,12 @@ def test_labels_are_what_the_picture_shows():
             near = (picture - torch.tensor(COLOURS[name])[:, None, None]).norm(dim=0) < 0.05
             whole = near.reshape(12, 8, 16, 8).float().mean((1, 3)) == 1
             assert bool((label[1][whole] == number).all())
+        there = label[0] > 0
+        assert not place[:, ~there].any()
+        pointed = (x + place[0] * REACH, y + place[1] * REACH, place[2] * REACH)
+        middles = torch.stack([one[there] for one in pointed], dim=1)
+        known = torch.tensor([(t.x, t.y, t.radius) for t in scene.things])
+        assert (middles[:, None] - known).norm(dim=2).min(1).values.max() < 1e-3
 
 
 def test_a_dropped_encoder_is_zero_and_the_others_stay(shelf):

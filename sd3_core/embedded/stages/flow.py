@@ -5,10 +5,11 @@ text encoder is dropped with 46.4 % (Esser et al. 2024, arXiv:2403.03206), but o
 of the run: from the start it costs two to three times the samples.
 
 Beside the velocity, a linear map of the image tokens between two blocks is asked which shape and
-which colour lie where.  Of the velocity's error a shape's outline is a small part, which comes
-late; asked for it by name, the first blocks learn early to bring the words to the pixels.  The idea
-is representation alignment (Yu et al. 2024, arXiv:2410.06940), with the world's truth in the place
-of a large encoder's features.  The map is scaffolding: not shipped.
+which colour lie where, and where the middle of each thing is.  Of the velocity's error outlines are
+a small part, which comes late: things are drawn in parts that do not fit together.  Asked by name,
+the first blocks learn early to bring the words to the pixels, and the pixels of a thing to agree.
+The idea is representation alignment (Yu et al. 2024, arXiv:2410.06940), with the world's truth in
+the place of a large encoder's features.  The map is scaffolding: not shipped.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -71,7 +72,8 @@ class FlowStage(LoopConfig):
     caption_dropout: float = 0.1
     encoder_dropout: float = 0.464
     encoder_dropout_from: float = 0.5  # of the steps: where it begins
-    label_weight: float = 0.1  # of what the tokens are asked, beside the velocity; 0: not asked
+    label_weight: float = 0.1  # of what the tokens are asked, beside the velocity: what lies there
+    place_weight: float = 0.5  # and where its middle is; both 0: nothing is asked
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -113,32 +115,36 @@ def _in_training(compiled: Callable[..., Any], plain: Callable[..., Any]) -> Cal
     return forward
 
 
-class Labels(nn.Module):
-    """What the image tokens say lies in each pixel of the latents: shape and colour."""
+class Asked(nn.Module):
+    """What the image tokens say of each pixel of the latents: shape, colour, and the way to the
+    middle of the thing that lies there, with its radius."""
 
     def __init__(self, hidden: int, patch: int):
         super().__init__()
         self.patch = patch
-        self.counts = (1 + len(KINDS), 1 + len(COLOURS))  # 0 is the ground
+        self.counts = (1 + len(KINDS), 1 + len(COLOURS), 3)  # 0 is the ground
         self.linear = nn.Linear(hidden, patch**2 * sum(self.counts))
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, tokens: Tensor, truth: Tensor) -> Tensor:
-        """tokens: [B, L, D]; truth: [B, 2, h, w].  Returns the mean cross-entropy: [B]."""
-        said = self.linear(F.layer_norm(tokens.float(), tokens.shape[2:]))
-        rows = truth.shape[2] // self.patch
+    def forward(self, tokens: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens: [B, L, D]; labels, places: see render.truth.
+
+        Returns, each [B], the cross-entropy of the labels and the absolute error of the places
+        (0 on the ground), means over the pixels.
+        """
         said = rearrange(
-            said,
+            self.linear(F.layer_norm(tokens.float(), tokens.shape[2:])),
             "B (H W) (p q K) -> B K (H p) (W q)",
-            H=rows,
+            H=labels.shape[2] // self.patch,
             p=self.patch,
             q=self.patch,
         )
-        shapes, colours = said.split(self.counts, dim=1)
-        each = F.cross_entropy(shapes, truth[:, 0], reduction="none")
-        each = each + F.cross_entropy(colours, truth[:, 1], reduction="none")
-        return each.flatten(1).mean(1)
+        shapes, colours, middles = said.split(self.counts, dim=1)
+        wrong = F.cross_entropy(shapes, labels[:, 0], reduction="none")
+        wrong = wrong + F.cross_entropy(colours, labels[:, 1], reduction="none")
+        missed = ((middles - places).abs() * (labels[:, :1] > 0)).sum(1)
+        return wrong.flatten(1).mean(1), missed.flatten(1).mean(1)
 
 
 class ShelfTask:
@@ -162,9 +168,10 @@ class ShelfTask:
         self.model, self.shelves, self.held = model.to(device), shelves, held
         self.config, self.device, self.dtype, self.draw = config, device, dtype, draw
         self.objective = RectifiedFlow(LogitNormal(0, 1), Schedule(config.shift))
-        self.labels = Labels(model.config.hidden_size, model.config.patch_size).to(device)
-        asked = self.labels.named_parameters(prefix="labels") if config.label_weight else ()
-        self.parameters: Parameters = {**dict(model.named_parameters()), **dict(asked)}
+        self.asked = Asked(model.config.hidden_size, model.config.patch_size).to(device)
+        asks = config.label_weight or config.place_weight
+        head = dict(self.asked.named_parameters(prefix="asked")) if asks else {}
+        self.parameters: Parameters = {**dict(model.named_parameters()), **head}
 
     def loss(self, step: int, rows: range, size: int) -> Losses:
         shelf, draws = self._shelf(step), generator(self.config.seed, step, rows.start, "flow")
@@ -183,10 +190,14 @@ class ShelfTask:
             noise.to(self.device),
             self.objective.draw(u),
         )
-        if not self.config.label_weight:
+        label, place = self.config.label_weight, self.config.place_weight
+        if not (label or place):
             return Losses(each)
-        asked = self.labels(between[0], shelf.labels(places).to(self.device))
-        return Losses(each + self.config.label_weight * asked, {"velocity": each, "labels": asked})
+        wrong, missed = self.asked(
+            between[0], *(one.to(self.device) for one in shelf.truth(places))
+        )
+        logs = {"velocity": each, "labels": wrong, "places": missed}
+        return Losses(each + label * wrong + place * missed, logs)
 
     def _shelf(self, step: int) -> Shelf:
         left = chance(self.config.seed, step, "shelf") * sum(share for _, share in self.shelves)

@@ -15,7 +15,7 @@ Everything lies in <output>/sd3/tiny-*; a stage whose product is there does noth
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from ...training.config import LoopConfig, plain_settings
 from ...training.loop import OnNote, OnStep, Task, fit, ignore, product_path
 from ...training.run import open_run
 from ..model import FILE, NAME
+from ..scenes import KINDS
 from .basis import Basis, fit_basis
 from .flow import FlowStage, ShelfTask, compile_blocks, load_mmdit_to_train, new_mmdit
 from .pack import pack, unpack
@@ -49,6 +50,7 @@ class Numbers:
     size: Size
     scenes: range
     share: float
+    kinds: Mapping[str, float] = field(default_factory=lambda: KINDS)  # of scenes, see scenes.KINDS
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,13 @@ def small_pictures(count: int) -> tuple[Numbers, ...]:
 
 
 def large_pictures(count: int) -> tuple[Numbers, ...]:
-    """Mostly squares; an eighth of each of two other aspects."""
-    other = count // 8
+    """Mostly squares, half of them with one thing; a sixth of each of two other aspects."""
+    other = count // 6
     return (
-        Numbers((128, 128), range(count), 0.8),
-        Numbers((128, 96), range(count, count + other), 0.1),
-        Numbers((96, 128), range(count + other, count + 2 * other), 0.1),
+        Numbers((128, 128), range(count), 0.4),
+        Numbers((128, 128), range(count, 2 * count), 0.4, {"single": 1.0}),
+        Numbers((128, 96), range(2 * count, 2 * count + other), 0.1),
+        Numbers((96, 128), range(2 * count + other, 2 * count + 2 * other), 0.1),
     )
 
 
@@ -86,7 +89,7 @@ BUDGETS = {
         t5=T5Stage(steps=1000),
         small=small_pictures(24_000),
         flow_64=FlowStage(steps=2000, batch_size=64, ema=0.998, encoder_dropout=0.0),
-        large=large_pictures(80_000),
+        large=large_pictures(48_000),
         flow_128=FlowStage(
             steps=24_000,
             batch_size=32,
@@ -106,7 +109,7 @@ BUDGETS = {
         t5=T5Stage(steps=6000, batch_size=512),
         small=small_pictures(400_000),
         flow_64=FlowStage(steps=14_000, batch_size=1024, ema=0.9995, encoder_dropout_from=0.2),
-        large=large_pictures(400_000),
+        large=large_pictures(200_000),
         flow_128=FlowStage(
             steps=10_000,
             batch_size=512,
@@ -176,7 +179,8 @@ class Maker:
             write_shelf(held, encoders, HELD, range(HELD_PICTURES), numbers.size, identity)
             path = self._shelf(numbers)
             self.on_note(f"{path.name}: {len(numbers.scenes)} pictures")
-            write_shelf(path, encoders, TRAINING, numbers.scenes, numbers.size, identity)
+            scenes, kinds = numbers.scenes, numbers.kinds
+            write_shelf(path, encoders, TRAINING, scenes, numbers.size, identity, kinds)
         return self._shelf_folder
 
     def flow_64(self) -> Path:

@@ -1,4 +1,4 @@
-"""The stages' networks and the tokenizers as one file: the released models' layout, fp16; and back."""
+"""The stages' networks and the tokenizers as one file in the released layout, fp16; and back."""
 
 from collections.abc import Mapping
 from pathlib import Path

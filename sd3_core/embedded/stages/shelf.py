@@ -1,6 +1,6 @@
 """Pictures and captions of the world, encoded once and kept: what the MMDiT learns from.
 
-A shelf is one file: latents in model space, what lies in each of their pixels (render.labels), and
+A shelf is one file: latents in model space, what lies in each of their pixels (render.truth), and
 what each encoder makes of each caption, in fp16.  Encoders stay apart in it, so that each may be
 dropped by itself.
 """
@@ -21,7 +21,8 @@ from ...models.clip import CLIPTextModel
 from ...models.t5 import T5Encoder
 from ...text.vocabularies import Tokenizers
 from ..captions import full_caption, short_caption
-from ..render import draw, labels
+from ..render import draw, truth
+from ..scenes import KINDS
 from ..world import Scene
 from .basis import Basis
 from .samples import Size, scenes_of
@@ -73,26 +74,33 @@ def caption(scene: Scene, number: int, tokenizers: Tokenizers) -> str:
 
 
 def write_shelf(
-    path: Path, encoders: Encoders, seed: int, numbers: range, size: Size, identity: str
+    path: Path,
+    encoders: Encoders,
+    seed: int,
+    numbers: range,
+    size: Size,
+    identity: str,
+    kinds: Mapping[str, float] = KINDS,
 ) -> Path:
     """Encode these scenes of a seed; nothing is done where that file is there already.
 
     identity: of the encoders.
     """
-    wanted = json.dumps(["labels", seed, numbers.start, numbers.stop, size, identity])
+    wanted = json.dumps(["truth", seed, numbers.start, numbers.stop, size, identity, dict(kinds)])
     if path.exists() and read_header(path).metadata.get("sd3_workbench.shelf") == wanted:
         return path
     chunks: list[dict[str, Tensor]] = []
     for start in range(0, len(numbers), CHUNK):
         some = numbers[start : start + CHUNK]
-        scenes = scenes_of(seed, some, size)
+        scenes = scenes_of(seed, some, size, kinds)
         captions = [
             caption(one, number, encoders.tokenizers)
             for one, number in zip(scenes, some, strict=True)
         ]
         chunk = {"latents": encoders.see(scenes), **encoders.read(captions)}
+        labels, chunk["places"] = truth(scenes)
         halves = {name: tensor.half().cpu() for name, tensor in chunk.items()}
-        chunks.append({"labels": labels(scenes), **halves})
+        chunks.append({"labels": labels, **halves})
     tensors = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
     empty = {f"empty.{name}": tensor.half().cpu() for name, tensor in encoders.read([""]).items()}
     return save_tensors(path, tensors | empty, {"sd3_workbench.shelf": wanted})
@@ -111,9 +119,9 @@ class Shelf:
         """[B, C, h, w] in model space."""
         return self.tensors["latents"][places].float()
 
-    def labels(self, places: Tensor) -> Tensor:
-        """[B, 2, h, w], see render.labels."""
-        return self.tensors["labels"][places].long()
+    def truth(self, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Labels [B, 2, h, w] and places [B, 3, h, w], see render.truth."""
+        return self.tensors["labels"][places].long(), self.tensors["places"][places].float()
 
     def conditioning(
         self, places: Tensor, untold: Tensor, dropped: Mapping[str, Tensor]
