@@ -34,7 +34,7 @@ def as_comfyui(step: Step) -> dict[str, Any]:
     return {
         "i": step.index,
         "denoised": step.x0,
-        "x": step.x0,
+        "x": step.x,
         "sigma": step.sigma,
         "sigma_hat": step.sigma,
     }

@@ -23,6 +23,7 @@ LAYERS = (
         "sd3_core.noise",
         "sd3_core.guidance",
         "sd3_core.samplers",
+        "sd3_core.measures",
         "sd3_core.adapters",
         "sd3_core.lora",
         "sd3_core.presets",
