@@ -4,7 +4,16 @@ import math
 
 import pytest
 import torch
-from sd3_pack.sd3_core.measures import Trail, distance, path_length, path_ratio
+from sd3_pack.sd3_core import measures
+from sd3_pack.sd3_core.measures import (
+    MIB,
+    Meter,
+    Trail,
+    distance,
+    path_length,
+    path_ratio,
+    pixel_distance,
+)
 from sd3_pack.sd3_core.noise import noise
 from sd3_pack.sd3_core.samplers import SAMPLERS
 from sd3_pack.sd3_core.schedule import Schedule
@@ -77,3 +86,39 @@ def test_the_trail_holds_the_latents_at_the_noise_levels():
 def test_no_path_is_an_error():
     with pytest.raises(ValueError, match="without a point"):
         path_length([])
+
+
+def test_the_distance_of_pixels_is_their_root_mean_square():
+    black = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    other = black.clone()
+    other[0, :2] = 10  # half of them
+    assert_close(pixel_distance(other, black), torch.tensor([10 / math.sqrt(2), 0.0]))
+    white = torch.full_like(black, 255)
+    assert_close(pixel_distance(black, white), torch.full((2,), 255.0))
+
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.skipif(not measures.reset_peak_resident(), reason="this system does not tell it")
+def test_the_memory_is_the_most_since_the_meter_was_made():
+    meter = Meter(CPU)
+    _, before = meter.spent()
+    block = torch.ones(200 * MIB // 4)
+    del block
+    _, most = meter.spent()
+    _, after = Meter(CPU).spent()
+    assert most - before == pytest.approx(200, abs=40)
+    assert most - after == pytest.approx(200, abs=40)
+
+
+def test_where_the_system_does_not_tell_the_memory_it_is_unknown(monkeypatch):
+    monkeypatch.setattr(measures.sys, "platform", "win32")
+    seconds, memory = Meter(CPU).spent()
+    assert seconds >= 0
+    assert memory is None
+
+
+def test_where_the_system_does_not_let_it_begin_anew_it_is_unknown(monkeypatch, tmp_path):
+    monkeypatch.setattr(measures, "PROCESS", tmp_path / "nowhere")
+    assert Meter(CPU).spent()[1] is None
