@@ -1,7 +1,7 @@
 """What varies: axes, their values from text, and the cells of the grid they span."""
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,6 +152,14 @@ def check_axes(
                 f"encoders {written(use)}: {', '.join(TITLES[name] for name in missing)} is not "
                 f"loaded. Load it, or use what there is: {'+'.join(encoders) or 'none'}."
             )
+
+
+def by_strength(cells: Iterable[Cell]) -> list[list[Cell]]:
+    """The cells of one state of the weights together."""
+    groups: dict[object, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault(cell.choice.get("lora_strength"), []).append(cell)
+    return list(groups.values())
 
 
 # Values

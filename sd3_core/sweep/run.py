@@ -4,7 +4,7 @@ The pictures of a cell are those that `generate` draws with its settings, bit fo
 """
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -27,7 +27,7 @@ from ..samplers import Step
 from ..settings import Files, Plan, Settings, make_plan
 from ..speed.modulation import is_seldom_used
 from ..text.encoders import ENCODERS, EncodedPrompt, TextEncoders
-from .axes import Cell, Layout, check_axes
+from .axes import Cell, Layout, by_strength, check_axes
 from .sheet import labelled
 from .table import Run, Table, judged, make_table
 
@@ -142,14 +142,6 @@ def encode_all(
             encoded[key] = encode_with(readers[loras], plan.settings)
         found[cell.number] = encoded[key]
     return found
-
-
-def by_strength(cells: Iterable[Cell]) -> list[list[Cell]]:
-    """The cells of one state of the weights together."""
-    groups: dict[object, list[Cell]] = {}
-    for cell in cells:
-        groups.setdefault(cell.choice.get("lora_strength"), []).append(cell)
-    return list(groups.values())
 
 
 def draw_cells(
