@@ -452,8 +452,9 @@ def check_inputs(model: Any, positive: Any, negative: Any, latent: dict[str, Any
 
 def fitted_samples(model: Any, latent: dict[str, Any]) -> Tensor:
     """The samples [B, C, H, W]; an empty latent gets the model's channels.  Raises NodeError."""
+    widths = widths_of(model)
     samples = fix_empty_latent(model, latent)
-    check_latents(samples, widths_of(model))
+    check_latents(samples, widths)
     return samples
 
 

@@ -208,10 +208,12 @@ class SD3Sweep(io.ComfyNode):
         cfg_end_percent: float = 1.0,
     ) -> io.NodeOutput:
         layout = layout_of(x_axis, x_values, y_axis, y_values, reference_cell)
+        widths_of(model)  # refuses other models
+        own = model.get_model_object("model_sampling")
         base = Setting(
             steps=steps,
             cfg=cfg,
-            shift=shift or float(model.get_model_object("model_sampling").shift),
+            shift=shift or float(getattr(own, "shift", 3.0)),
             sampler=sampler_name,
             scheduler=scheduler,
             seed=seed,

@@ -3,6 +3,7 @@
 import csv
 import io
 import re
+from types import SimpleNamespace
 
 import comfy.model_management
 import pytest
@@ -247,6 +248,8 @@ def test_an_encoder_that_the_clip_lacks_is_refused(tiny_three, monkeypatch):
 
 def test_a_model_or_clip_of_another_kind_is_refused(tiny_three):
     model, clip, vae = tiny_three
+    with pytest.raises(NodeError, match="wrong_model"):
+        sweep((SimpleNamespace(model=SimpleNamespace()), clip, vae), ("steps", "1"))
     with pytest.raises(NodeError, match="missing_encoder"):
         sweep((model, None, vae), ("steps", "1"))
     with pytest.raises(NodeError, match="missing_part"):
