@@ -13,6 +13,7 @@ from .lora import SD3LoadLoRA
 from .pick import SD3Pick
 from .sampling import SD3Sample, SD3ShiftSchedule
 from .speed import SD3MemoryPlan
+from .sweep import SD3Sweep
 from .text import SD3EncodePrompt
 from .training import SD3SaveLoRA, SD3TimestepDensity, SD3TrainDPO, SD3TrainLoRA
 
@@ -28,6 +29,7 @@ NODES: list[Any] = [
     SD3Sample,
     SD3VAEDecode,
     SD3VAEEncode,
+    SD3Sweep,
     SD3MemoryPlan,
 ]
 # Those that train or write files, and what serves them alone: left out where that is forbidden.

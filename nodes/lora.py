@@ -1,6 +1,7 @@
 """LoRA files -> patches on a MODEL and a CLIP, by ComfyUI's own patching."""
 
 import re
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,3 +188,32 @@ def patched(model: Any, clip: Any, found: Matched, path: Path, strength: float) 
         clip = clip.clone()
         clip.add_patches(found.clip, strength)
     return model, clip
+
+
+# Strength of what is on a model already
+
+
+def has_lora(patcher: Any) -> bool:
+    """Whether anything is added to the weights; a merged model's own patches do not count."""
+    return any(is_added(patch) for patches in patcher.patches.values() for patch in patches)
+
+
+def is_added(patch: tuple[Any, ...]) -> bool:
+    """ComfyUI's (strength, change, strength of the weight itself, ...)."""
+    return patch[2] == 1.0
+
+
+def with_lora_strength(patcher: Any, factor: float) -> Any:
+    """A clone on which every LoRA's strength is multiplied; at 0 they are gone."""
+    clone = patcher.clone()
+    clone.patches = {}
+    for name, patches in patcher.patches.items():
+        kept = [
+            (patch[0] * factor, *patch[1:]) if is_added(patch) else patch
+            for patch in patches
+            if factor != 0 or not is_added(patch)
+        ]
+        if kept:
+            clone.patches[name] = kept
+    clone.patches_uuid = uuid.uuid4()  # by which ComfyUI knows that the weights are others
+    return clone

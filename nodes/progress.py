@@ -1,12 +1,12 @@
 """The core's on_step -> ComfyUI's bars, preview and interruption; time and memory spent."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import comfy.model_management
 import torch
 
+from ..sd3_core import measures
 from ..sd3_core.precision import check_finite
 from ..sd3_core.samplers import OnStep, Step
 
@@ -34,24 +34,18 @@ def as_comfyui(step: Step) -> dict[str, Any]:
     return {
         "i": step.index,
         "denoised": step.x0,
-        "x": step.x0,
+        "x": step.x,
         "sigma": step.sigma,
         "sigma_hat": step.sigma,
     }
 
 
-class Meter:
-    """Seconds, and on CUDA the most memory held, since it was made."""
+class Meter(measures.Meter):
+    """Seconds, and the most memory held, since it was made; see the core's."""
 
     def __init__(self, device: Any):
-        self.device = torch.device(device)
-        self.start = time.perf_counter()
-        if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self.device)
+        super().__init__(torch.device(device))
 
     def reading(self) -> dict[str, float | None]:
-        peak = None
-        if self.device.type == "cuda":
-            peak = round(torch.cuda.max_memory_allocated(self.device) / 2**20)
-        seconds = round(time.perf_counter() - self.start, 3)
-        return {"seconds": seconds, "peak_memory_mib": peak}
+        seconds, peak = self.spent()
+        return {"seconds": round(seconds, 3), "peak_memory_mib": peak}

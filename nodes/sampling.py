@@ -68,9 +68,7 @@ class SD3ShiftSchedule(io.ComfyNode):
                 "high noise, where the picture's layout is decided.",
                 "search_aliases": ["scheduler", "sigmas", "shift", "basic scheduler", "timesteps"],
                 "inputs": [
-                    io.Int.Input(
-                        "steps", default=28, min=1, max=10000, tooltip="Calls of the model."
-                    ),
+                    steps_input(),
                     io.Float.Input(
                         "shift",
                         default=3.0,
@@ -79,21 +77,8 @@ class SD3ShiftSchedule(io.ComfyNode):
                         step=0.01,
                         tooltip="3 for the released models at one megapixel; 1 is no shift.",
                     ),
-                    io.Combo.Input(
-                        "scheduler",
-                        options=list(SCHEDULERS),
-                        default="normal",
-                        tooltip="How the levels are spread; normal is Stability's.",
-                    ),
-                    io.Float.Input(
-                        "denoise",
-                        default=1.0,
-                        min=0.0,
-                        max=1.0,
-                        step=0.01,
-                        tooltip="Part of the path that is walked: 1 draws anew, less keeps more of "
-                        "the latent it starts from.",
-                    ),
+                    scheduler_input(),
+                    denoise_input(),
                     *advanced(
                         [
                             io.Boolean.Input(
@@ -127,6 +112,32 @@ class SD3ShiftSchedule(io.ComfyNode):
             used = adapted_shift(shift, latent) if auto_shift else shift
             sigmas = Schedule(used).sigmas(steps, scheduler, denoise)
         return io.NodeOutput(mark_shift(sigmas, used), ui=report(schedule_report(used, sigmas)))
+
+
+def steps_input() -> Any:
+    return io.Int.Input("steps", default=28, min=1, max=10000, tooltip="Calls of the model.")
+
+
+def scheduler_input() -> Any:
+    return io.Combo.Input(
+        "scheduler",
+        options=list(SCHEDULERS),
+        default="normal",
+        tooltip="How the levels are spread; normal is Stability's.",
+    )
+
+
+def denoise_input(optional: bool = False) -> Any:
+    return io.Float.Input(
+        "denoise",
+        default=1.0,
+        min=0.0,
+        max=1.0,
+        step=0.01,
+        optional=optional,
+        tooltip="Part of the path that is walked: 1 draws anew, less keeps more of the latent it "
+        "starts from.",
+    )
 
 
 def schedule_report(shift: float, sigmas: Tensor) -> dict[str, Any]:
@@ -295,30 +306,9 @@ class SD3Sample(io.ComfyNode):
                         tooltip="What to draw on: empty, or an encoded picture (with its mask).",
                     ),
                     io.Sigmas.Input("sigmas", tooltip="The noise levels: SD3 Shift Schedule."),
-                    io.Int.Input(
-                        "seed",
-                        default=0,
-                        min=0,
-                        max=2**64 - 1,
-                        control_after_generate=True,
-                        tooltip="Which noise to start from; the same noise as KSampler's.",
-                    ),
-                    io.Float.Input(
-                        "cfg",
-                        default=4.5,
-                        min=0.0,
-                        max=100.0,
-                        step=0.1,
-                        tooltip="How strongly the prompt counts. 1 leaves the negative prompt out "
-                        "and halves the time; Turbo models take 1.",
-                    ),
-                    io.Combo.Input(
-                        "sampler_name",
-                        options=list(SAMPLERS),
-                        default="dpmpp_2m",
-                        tooltip="How to walk: euler is plainest, dpmpp_2m needs fewer steps, heun "
-                        "calls the model twice a step.",
-                    ),
+                    seed_input(),
+                    cfg_input(),
+                    sampler_input(),
                     *advanced(skip_and_window_inputs()),
                 ],
                 "outputs": [io.Latent.Output(tooltip="The clean latent, for SD3 VAE Decode.")],
@@ -373,6 +363,39 @@ class SD3Sample(io.ComfyNode):
         return io.NodeOutput({**without_ratios(latent_image), "samples": x0}, ui=report(contents))
 
 
+def seed_input() -> Any:
+    return io.Int.Input(
+        "seed",
+        default=0,
+        min=0,
+        max=2**64 - 1,
+        control_after_generate=True,
+        tooltip="Which noise to start from; the same noise as KSampler's.",
+    )
+
+
+def cfg_input() -> Any:
+    return io.Float.Input(
+        "cfg",
+        default=4.5,
+        min=0.0,
+        max=100.0,
+        step=0.1,
+        tooltip="How strongly the prompt counts. 1 leaves the negative prompt out and halves the "
+        "time; Turbo models take 1.",
+    )
+
+
+def sampler_input() -> Any:
+    return io.Combo.Input(
+        "sampler_name",
+        options=list(SAMPLERS),
+        default="dpmpp_2m",
+        tooltip="How to walk: euler is plainest, dpmpp_2m needs fewer steps, heun calls the model "
+        "twice a step.",
+    )
+
+
 def skip_and_window_inputs() -> list[Any]:
     percent = {"min": 0.0, "max": 1.0, "step": 0.001, "optional": True}
     return [
@@ -424,6 +447,12 @@ def check_inputs(model: Any, positive: Any, negative: Any, latent: dict[str, Any
     widths = widths_of(model)
     check_conditioning("positive", positive, widths)
     check_conditioning("negative", negative, widths)
+    return fitted_samples(model, latent)
+
+
+def fitted_samples(model: Any, latent: dict[str, Any]) -> Tensor:
+    """The samples [B, C, H, W]; an empty latent gets the model's channels.  Raises NodeError."""
+    widths = widths_of(model)
     samples = fix_empty_latent(model, latent)
     check_latents(samples, widths)
     return samples
@@ -456,10 +485,20 @@ def make_guider(model: Any, guidance: Guidance, schedule: Schedule) -> SD3Guider
 
 
 def draw(
-    run: Run, samples: Tensor, start_noise: Tensor, mask: Tensor | None, sigmas: Tensor, seed: int
+    run: Run,
+    samples: Tensor,
+    start_noise: Tensor,
+    mask: Tensor | None,
+    sigmas: Tensor,
+    seed: int,
+    callback: Callable[..., None] | None = None,
 ) -> Tensor:
-    """From noise to the clean latent [B, C, H, W] in VAE space.  Raises NodeError on overflow."""
-    callback = latent_preview.prepare_callback(run.model, len(sigmas) - 1)
+    """From noise to the clean latent [B, C, H, W] in VAE space.
+
+    callback: by ComfyUI's call (step, x0, x, steps); None: this run's own bar and preview.
+    Raises NodeError on overflow.
+    """
+    callback = callback or latent_preview.prepare_callback(run.model, len(sigmas) - 1)
     with coded("bad_setting"):
         x0 = run.guider.sample(
             start_noise.to(samples.dtype),

@@ -85,8 +85,11 @@ def encode_prompts(
     files: Files, plan: Plan, known: KnownPrompts | None = None
 ) -> tuple[EncodedPrompt, EncodedPrompt]:
     """The prompt and the negative prompt; the encoders are gone when this returns."""
-    wanted = plan.settings
-    encoders = text_encoders(files, plan, known)
+    return encode_with(text_encoders(files, plan, known), plan.settings)
+
+
+def encode_with(encoders: TextEncoders, wanted: Settings) -> tuple[EncodedPrompt, EncodedPrompt]:
+    """The prompt and the negative prompt, with encoders that are there already."""
     positive = encoders.encode(
         wanted.prompt,
         prompt_clip_g=wanted.prompt_clip_g,

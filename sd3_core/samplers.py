@@ -27,6 +27,7 @@ class Step:
     index: int  # 0 ... total - 1
     total: int
     sigma: float  # noise level at which it began
+    x: Tensor  # [B, C, H, W], the latent there
     x0: Tensor  # [B, C, H, W], the clean latent as estimated from there
 
 
@@ -40,8 +41,8 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None 
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         v = at_level(velocity, x, sigma)
         x0 = x - sigma * v
+        report(on_step, index, sigmas, x, x0)
         x = x + (sigma_next - sigma) * v
-        report(on_step, index, sigmas, x0)
     return x
 
 
@@ -56,8 +57,8 @@ def heun(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None =
         x0 = x - sigma * v
         if sigma_next > 0:
             v = (v + at_level(velocity, x + (sigma_next - sigma) * v, sigma_next)) / 2
+        report(on_step, index, sigmas, x, x0)
         x = x + (sigma_next - sigma) * v
-        report(on_step, index, sigmas, x0)
     return x
 
 
@@ -81,9 +82,9 @@ def dpmpp_2m(
         # a length of 0: a schedule of more than 1000 steps repeats levels of its table
         if previous_x0 is not None and previous_length > 0 and sigma_next > 0:
             target = x0 + (x0 - previous_x0) * (length / (2 * previous_length))
+        report(on_step, index, sigmas, x, x0)
         x = target + (x - target) * (sigma_next / sigma)
         previous_x0, previous_length = x0, length
-        report(on_step, index, sigmas, x0)
     return x
 
 
@@ -95,6 +96,6 @@ def at_level(velocity: Velocity, x: Tensor, sigma: float) -> Tensor:
     return velocity(x, x.new_full((x.shape[0],), sigma))
 
 
-def report(on_step: OnStep | None, index: int, sigmas: Tensor, x0: Tensor) -> None:
+def report(on_step: OnStep | None, index: int, sigmas: Tensor, x: Tensor, x0: Tensor) -> None:
     if on_step is not None:
-        on_step(Step(index, len(sigmas) - 1, float(sigmas[index]), x0))
+        on_step(Step(index, len(sigmas) - 1, float(sigmas[index]), x, x0))

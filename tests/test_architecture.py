@@ -23,6 +23,7 @@ LAYERS = (
         "sd3_core.noise",
         "sd3_core.guidance",
         "sd3_core.samplers",
+        "sd3_core.measures",
         "sd3_core.adapters",
         "sd3_core.lora",
         "sd3_core.presets",
@@ -33,6 +34,7 @@ LAYERS = (
     ("sd3_core.settings", "sd3_core.generate", "sd3_core.verify"),
     ("sd3_core.training", "sd3_core.bench"),
     ("sd3_core.embedded",),
+    ("sd3_core.sweep",),
     ("sd3_core", "sd3_core.__main__"),  # the table of contents and the command line
     ("nodes",),
     ("__init__",),  # the pack's own door for ComfyUI

@@ -14,7 +14,7 @@ from sd3_pack.sd3_core.pictures import to_uint8
 from sd3_pack.sd3_core.presets import PRESETS
 from sd3_pack.sd3_core.schedule import Schedule
 from sd3_pack.sd3_core.settings import Files, Settings, make_plan, settled
-from tiny import write_tiny_checkpoint
+from tiny import write_tiny_checkpoint, write_tiny_lora
 from tiny_tokenizers import write_tiny_tokenizers
 
 METADATA = {"sd3_workbench.shift": "2.0", "sd3_workbench.native_pixels": str(64 * 64)}
@@ -328,29 +328,8 @@ def test_an_overflow_names_its_stage(files, photo, monkeypatch, loader, weight, 
         generate(files, replace(QUICK, init=photo))
 
 
-def lora_for(path, width=128):
-    """A LoRA of rank 2 for the tiny MMDiT and CLIP-L, with weights that show."""
-    from sd3_pack.sd3_core.adapters.changes import Adapter, LowRank
-    from sd3_pack.sd3_core.checkpoints.lora_files import save_lora
-
-    generator = torch.Generator().manual_seed(2)
-
-    def adapter(module, rows, columns):
-        down = torch.randn(2, columns, generator=generator)
-        return Adapter(module, LowRank(down, torch.randn(rows, 2, generator=generator), 2.0))
-
-    save_lora(
-        path,
-        {
-            "mmdit": (adapter("joint_blocks.0.x_block.attn.qkv", 3 * width, width),),
-            "clip_l": (adapter("text_model.encoder.layers.0.mlp.fc1", 96, 64),),
-        },
-    )
-    return path
-
-
 def test_loras_act_by_their_strength_and_are_recorded(files, plain, tmp_path):
-    path = lora_for(tmp_path / "style.safetensors")
+    path = write_tiny_lora(tmp_path / "style.safetensors")
     half = generate(replace(files, loras=((path, 0.5),)), QUICK)
     whole = generate(replace(files, loras=((path, 1.0),)), QUICK)
     none = generate(replace(files, loras=((path, 0.0),)), QUICK)
@@ -362,20 +341,20 @@ def test_loras_act_by_their_strength_and_are_recorded(files, plain, tmp_path):
 
 
 def test_a_lora_of_another_model_is_refused_before_the_work(files, tmp_path):
-    path = lora_for(tmp_path / "style.safetensors", width=192)
+    path = write_tiny_lora(tmp_path / "style.safetensors", width=192)
     with pytest.raises(CheckpointError, match=r"style\.safetensors: this LoRA is for another"):
         make_plan(replace(files, loras=((path, 1.0),)), QUICK)
 
 
 def test_a_lora_part_for_an_encoder_that_is_off_is_noted(files, tmp_path):
-    path = lora_for(tmp_path / "style.safetensors")
+    path = write_tiny_lora(tmp_path / "style.safetensors")
     off = replace(QUICK, use=("clip_g", "t5"))
     result = generate(replace(files, loras=((path, 1.0),)), off)
     assert any("CLIP-L, which is off" in note for note in result.notes)
 
 
 def test_a_lora_strength_that_is_no_number_is_refused(files, tmp_path):
-    path = lora_for(tmp_path / "style.safetensors")
+    path = write_tiny_lora(tmp_path / "style.safetensors")
     with pytest.raises(ValueError, match=r"the strength of style\.safetensors is nan"):
         make_plan(replace(files, loras=((path, float("nan")),)), QUICK)
 

@@ -4,7 +4,7 @@ const TITLES = { mmdit: "MMDiT", vae: "VAE", clip_l: "CLIP-L", clip_g: "CLIP-G",
 const LINE = 16; // pixels
 const FRAME = 8; // the stylesheet's padding
 // What is kept free before the first run, so that nodes do not grow into each other.
-const LINES = { SD3EmptyLatent: 1, SD3VAEDecode: 2, SD3VAEEncode: 2, SD3EncodePrompt: 4, SD3Sample: 4 };
+const LINES = { SD3EmptyLatent: 1, SD3VAEDecode: 2, SD3VAEEncode: 2, SD3EncodePrompt: 4, SD3Sample: 4, SD3Sweep: 12 };
 const USUAL_LINES = 3;
 
 const title = (kind) => TITLES[kind] ?? kind;
@@ -42,6 +42,10 @@ const WRITERS = {
   model_patches: () => [],
   clip_patches: () => [],
   unmatched_names: (names) => names.map((name) => ["no place for", name]),
+  varied: () => [],
+  fixed: () => [],
+  reference: () => [],
+  cells: (cells, { reference }) => cells.map((cell) => cellLine(cell, cells[reference - 1].label)),
   seconds: (seconds, report) => [["took", time(seconds) + memory(report.peak_memory_mib)]],
   peak_memory_mib: () => [],
 };
@@ -71,6 +75,16 @@ function fileLines(files) {
     `${file}: ${parts.join(", ")}`,
     `fingerprint ${prints[file]}`,
   ]);
+}
+
+// What a cell of SD3 Sweep cost and how it went.  reference: the cell it is compared with, in words.
+function cellLine(cell, reference) {
+  const { label, seconds, peak_memory_mib: peak, path_length: path, path_ratio: ratio } = cell;
+  const judged = "right" in cell ? `, ${cell.right} of ${cell.pictures} right` : "";
+  const value = `${time(seconds)}, path ${brief(path)} (× ${brief(ratio)})`;
+  const far = label === reference ? "reference" : `distance ${brief(cell.distance)}`;
+  const hint = `distance from ${reference}${memory(peak)}${cell.wrong ? `; wrong: ${cell.wrong}` : ""}`;
+  return [label, `${value}, ${far}${judged}`, hint];
 }
 
 function guidanceLines({ cfg, span, skip_scale, skip_layers, skip_span }) {

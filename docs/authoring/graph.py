@@ -26,7 +26,12 @@ NAMESPACE = uuid.UUID("5d3c0de0-5d3c-4b3a-9f00-5d35d35d35d3")  # of our workflow
 # Pixels at 100 %, as the front end draws them.
 TITLE, ROW, LINE, EDGE, GAP, MARGIN = 30, 20, 24, 16, 30, 15
 HEADING = 44  # of a group
-WIDTHS = {"SD3EncodePrompt": 400, "CLIPTextEncode": 400, "PrimitiveStringMultiline": 400}
+WIDTHS = {
+    "SD3EncodePrompt": 400,
+    "SD3Sweep": 420,
+    "CLIPTextEncode": 400,
+    "PrimitiveStringMultiline": 400,
+}
 WIDTH = 320
 TEXT = 110  # a multiline text
 PANEL = 90  # where our nodes tell what they did

@@ -427,6 +427,44 @@ def shift(graph: Graph) -> None:
         save(graph, drawn, load, f"{value:g}")
 
 
+@workflow("sweep")
+def sweep(graph: Graph) -> None:
+    """
+    **Two settings at once, measured.** *SD3 Sweep* draws the prompt for every pair of values in one
+    labelled grid, with models and prompts loaded once. Under the node stands what each cell cost
+    and how it went: seconds, how long the latents' path was (x 1 is a straight line), how far the
+    picture is from the framed reference, and whether it shows what was asked for.
+
+    Other axes: `encoders` with `all, clip_l+clip_g, clip_l, t5`, `shift`, `sampler`, `seed`,
+    `lora_strength` behind a LoRA. Connect `table` or `csv` to keep the numbers.
+
+    *SD3.5 instead of the built-in model:* choose its file in *SD3 Load Checkpoint*; nothing is
+    judged then.
+    """
+    load = load_built_in(graph)
+    latent = empty(graph, load)
+    graph.group("Vary")
+    varied = graph.node(
+        "SD3Sweep",
+        model=load["MODEL"],
+        clip=load["CLIP"],
+        vae=load["VAE"],
+        latent_image=latent["LATENT"],
+        prompt="a large yellow star on a black background",
+        x_axis="steps",
+        x_values="5, 10, 20, 40",
+        y_axis="cfg",
+        y_values="1, 3, 6",
+        seed=SEED,
+        steps=TINY.steps,
+        cfg=TINY.cfg,
+        sampler_name=TINY.sampler,
+        scheduler=TINY.scheduler,
+    )
+    graph.group("Look")
+    graph.node("SaveImage", images=varied["grid"], filename_prefix=f"sd3/{graph.name}")
+
+
 # Ours and ComfyUI's together
 
 

@@ -199,8 +199,8 @@ class VariancePreserving:
         for index, timestep in enumerate(timesteps):
             output = predict(z, z.new_full((z.shape[0],), timestep)).float()
             ends = self.ends(z, output, a[index], b[index])
+            report(on_step, index, levels, z, ends.x0)
             z = a[index + 1] * ends.x0 + b[index + 1] * ends.noise
-            report(on_step, index, levels, ends.x0)
         return z
 
     def ends(self, z: Tensor, output: Tensor, a: float, b: float) -> Ends:

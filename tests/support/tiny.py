@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from recipe import recipe_state_dict
 from safetensors.torch import save_file
+from sd3_pack.sd3_core.adapters.changes import Adapter, LowRank
 from sd3_pack.sd3_core.checkpoints.diffusers import to_diffusers
+from sd3_pack.sd3_core.checkpoints.lora_files import save_lora
 from sd3_pack.sd3_core.models.clip import CLIPConfig, CLIPTextModel
 from sd3_pack.sd3_core.models.mmdit import MMDiT, MMDiTConfig
 from sd3_pack.sd3_core.models.t5 import T5Config, T5Encoder
@@ -251,3 +253,24 @@ def _write_diffusers(
             shutil.copytree(tokenizers / part, folder / f"tokenizer{name}")
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return dict.fromkeys(states, folder)
+
+
+def write_tiny_lora(path: Path, width: int = 128) -> Path:
+    """A LoRA of rank 2 for the MMDiT and CLIP-L, with weights that show.
+
+    width: of the MMDiT's layers; another one is another model's.
+    """
+    generator = torch.Generator().manual_seed(2)
+
+    def adapter(module: str, rows: int, columns: int) -> Adapter:
+        down = torch.randn(2, columns, generator=generator)
+        return Adapter(module, LowRank(down, torch.randn(rows, 2, generator=generator), 2.0))
+
+    save_lora(
+        path,
+        {
+            "mmdit": (adapter("joint_blocks.0.x_block.attn.qkv", 3 * width, width),),
+            "clip_l": (adapter("text_model.encoder.layers.0.mlp.fc1", 96, 64),),
+        },
+    )
+    return path
