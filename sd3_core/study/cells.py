@@ -1,0 +1,104 @@
+"""A measurement with its key, and the ledger that keeps what was measured."""
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from ..checkpoints.save import save_bytes
+
+if TYPE_CHECKING:
+    from .lab import Lab
+
+FORMAT = 1  # of a cell's meaning; another number and everything is measured anew
+
+Numbers = Mapping[str, float]
+
+
+class Measurement(Protocol):
+    """Something that can be measured, once for each seed; a frozen dataclass."""
+
+    @property
+    def name(self) -> str:
+        """Short, for people and for the file's name."""
+        ...
+
+    def settings(self, lab: "Lab") -> Mapping[str, Any]:
+        """All that decides the outcome but the seed, as JSON holds it."""
+        ...
+
+    def measure(self, lab: "Lab", seed: int) -> Numbers:
+        """The numbers.  Raises TimeIsUp when the study's time ends on the way."""
+        ...
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What was measured."""
+
+    numbers: Numbers
+    seconds: float
+    where: str  # the machine
+
+
+def key_of(settings: Mapping[str, Any], seed: int) -> str:
+    """12 hex digits of what decides the outcome."""
+    text = json.dumps([FORMAT, dict(settings), seed], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+class Ledger:
+    """A file for each cell; a damaged one counts as not there."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def find(self, name: str, settings: Mapping[str, Any], seed: int) -> Cell | None:
+        try:
+            known = json.loads(self._path(name, settings, seed).read_text(encoding="utf-8"))
+            numbers = {str(key): float(value) for key, value in known["numbers"].items()}
+            return Cell(numbers, float(known["seconds"]), str(known["where"]))
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return None
+
+    def keep(self, name: str, settings: Mapping[str, Any], seed: int, cell: Cell) -> Path:
+        value = {
+            "format": FORMAT,
+            "name": name,
+            "seed": seed,
+            "settings": dict(settings),
+            "numbers": dict(cell.numbers),
+            "seconds": round(cell.seconds, 3),
+            "where": cell.where,
+        }
+        text = json.dumps(value, indent=1, sort_keys=True) + "\n"
+        return save_bytes(self._path(name, settings, seed), text.encode())
+
+    def _path(self, name: str, settings: Mapping[str, Any], seed: int) -> Path:
+        plain = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
+        return self.folder / f"{plain}-seed{seed}-{key_of(settings, seed)}.json"
+
+
+class Table:
+    """The cells of a row that there are: by measurement's name and seed."""
+
+    def __init__(self, cells: Mapping[tuple[str, int], Cell]):
+        self.cells = cells
+
+    def number(self, name: str, seed: int, quantity: str) -> float:
+        return self.cells[name, seed].numbers[quantity]
+
+    def seeds(self, *names: str) -> list[int]:
+        """Those for which all of these measurements are there."""
+        every = sorted({seed for _, seed in self.cells})
+        return [seed for seed in every if all((name, seed) in self.cells for name in names)]
+
+    def values(self, name: str, quantity: str) -> list[float]:
+        """Over the seeds there are."""
+        return [self.number(name, seed, quantity) for seed in self.seeds(name)]
+
+    def __iter__(self) -> Iterator[tuple[str, int]]:
+        return iter(self.cells)
