@@ -18,7 +18,6 @@ from .features import features, frechet, ssim
 
 SIDE = 32  # pixels of a training square
 SIZE = (64, 64)
-MEASURED = 96  # pictures
 
 
 class SquaresTask(VAETask):
@@ -64,10 +63,9 @@ def linear(basis: Basis, pictures: Tensor) -> Tensor:
     return basis.draw(basis(pictures)).clamp(-1, 1)
 
 
-def held_pictures(seed: int) -> Tensor:
+def held_pictures(count: int, seed: int) -> Tensor:
     """Others for each seed."""
-    start = MEASURED * seed
-    return draw(scenes_of(HELD, range(start, start + MEASURED), SIZE, KINDS))
+    return draw(scenes_of(HELD, range(count * seed, count * (seed + 1)), SIZE, KINDS))
 
 
 def fidelity(drawn: Tensor, pictures: Tensor) -> dict[str, float]:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,11 +22,11 @@ class Measurement(Protocol):
 
     @property
     def name(self) -> str:
-        """Short, for people and for the file's name."""
+        """Short, for people; one row's measurements have different names."""
         ...
 
     def settings(self, lab: "Lab") -> Mapping[str, Any]:
-        """All that decides the outcome but the seed, as JSON holds it."""
+        """All that decides the outcome but the seed, as JSON holds it; "kind" is its class."""
         ...
 
     def measure(self, lab: "Lab", seed: int) -> Numbers:
@@ -51,14 +50,14 @@ def key_of(settings: Mapping[str, Any], seed: int) -> str:
 
 
 class Ledger:
-    """A file for each cell; a damaged one counts as not there."""
+    """A file for each cell, whatever it is called; a damaged one counts as not there."""
 
     def __init__(self, folder: Path):
         self.folder = folder
 
-    def find(self, name: str, settings: Mapping[str, Any], seed: int) -> Cell | None:
+    def find(self, settings: Mapping[str, Any], seed: int) -> Cell | None:
         try:
-            known = json.loads(self._path(name, settings, seed).read_text(encoding="utf-8"))
+            known = json.loads(self._path(settings, seed).read_text(encoding="utf-8"))
             numbers = {str(key): float(value) for key, value in known["numbers"].items()}
             return Cell(numbers, float(known["seconds"]), str(known["where"]))
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -75,11 +74,10 @@ class Ledger:
             "where": cell.where,
         }
         text = json.dumps(value, indent=1, sort_keys=True) + "\n"
-        return save_bytes(self._path(name, settings, seed), text.encode())
+        return save_bytes(self._path(settings, seed), text.encode())
 
-    def _path(self, name: str, settings: Mapping[str, Any], seed: int) -> Path:
-        plain = re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-")
-        return self.folder / f"{plain}-seed{seed}-{key_of(settings, seed)}.json"
+    def _path(self, settings: Mapping[str, Any], seed: int) -> Path:
+        return self.folder / f"{settings['kind'].lower()}-seed{seed}-{key_of(settings, seed)}.json"
 
 
 class Table:

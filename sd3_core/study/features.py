@@ -1,8 +1,8 @@
 """What pictures are compared by: fixed features for FID, and SSIM.
 
 The paper takes CLIP's features.  No such network comes with this project, so the features here are
-those of three convolutions whose weights a seed draws and nobody trains.  Random ones are sensitive
-to blur, colour and the number of edges (Naeem et al. 2020, arXiv:2002.09797, found them of use
+those of two convolutions whose weights a seed draws and nobody trains.  Random ones are sensitive
+to blur, noise and the number of edges (Naeem et al. 2020, arXiv:2002.09797, found them of use
 where the pictures are unlike ImageNet's); the numbers compare with each other and with nothing
 outside of this study.
 """
@@ -15,38 +15,48 @@ from torch import Tensor
 
 from ..training.batches import generator
 
-WIDTHS = (3, 16, 32, 64)
+WIDTHS = (3, 12, 24)
+FLOOR = 1e-3  # of the largest variance: what varies less is not blown up further
 SSIM_WINDOW, SSIM_SIGMA = 11, 1.5  # pixels; Wang et al. 2004
 
 
 @lru_cache(maxsize=1)
 def weights() -> tuple[Tensor, ...]:
-    """Three layers' [out, in, 4, 4], with orthogonal rows."""
+    """Two layers' [out, in, 4, 4], with orthogonal rows; the first is blind to what is flat."""
     made = []
     for number, (before, after) in enumerate(zip(WIDTHS, WIDTHS[1:], strict=False)):
         weight = torch.empty(after, before, 4, 4)
         draws = generator(0, number, "features")
         torch.nn.init.orthogonal_(weight, gain=2**0.5, generator=draws)
         made.append(weight)
+    made[0] -= made[0].mean((2, 3), keepdim=True)
     return tuple(made)
 
 
 @torch.no_grad()
 def features(pictures: Tensor) -> Tensor:
-    """[B, 3, H, W] in -1..1 -> [B, 64], float64: means over the picture."""
+    """[B, 3, H, W] in -1..1 -> [B, 39], float64: mean colour, and mean of each layer's channels."""
     x = pictures.float().cpu()
+    means = [x.mean((2, 3))]
     for weight in weights():
-        x = F.relu(F.conv2d(x, weight, stride=2, padding=1))
-    return x.mean((2, 3)).double()
+        x = F.relu(F.conv2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), weight, stride=2))
+        means.append(x.mean((2, 3)))
+    return torch.cat(means, dim=1).double()
 
 
 def frechet(first: Tensor, second: Tensor) -> float:
-    """Fréchet distance of two clouds of features [n, 64], as normal distributions.
+    """Fréchet distance of two clouds of features [n, F], as normal distributions.
 
-    Heusel et al. 2017 (arXiv:1706.08500).  In units of the second cloud's total variance, in
-    percent.  Small clouds look farther apart than they are: compare clouds of one size.
+    Heusel et al. 2017 (arXiv:1706.08500), but in coordinates in which the second cloud, the truth,
+    varies alike in all directions: else the ground's brightness is all that counts.  In percent of
+    that variance.  Small clouds look farther apart than they are: compare clouds of one size.
     """
-    means, covariances = zip(*((x.mean(0), torch.cov(x.T)) for x in (first, second)), strict=True)
+    covariance = torch.cov(second.T)
+    values, vectors = torch.linalg.eigh(covariance)
+    whiten = vectors * values.clamp(min=FLOOR * float(values.max())).rsqrt()
+    means, covariances = zip(
+        *((x.mean(0), torch.cov(x.T)) for x in (first @ whiten, second @ whiten)), strict=True
+    )
     root = _square_root(covariances[1])
     cross = _square_root(root @ covariances[0] @ root)
     traces = covariances[0].trace() + covariances[1].trace() - 2 * cross.trace()

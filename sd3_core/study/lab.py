@@ -1,7 +1,6 @@
 """Makes what a study needs and does not have yet: trained arms, cells; within the time there is."""
 
 import os
-import platform
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -10,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..bench.run import processor
 from ..checkpoints.header import fingerprint
 from ..embedded.model import FILE
 from ..models.mmdit import MMDiT
@@ -53,7 +53,7 @@ class Lab:
     @property
     def where(self) -> str:
         """The machine, in words."""
-        name = processor_name(self.device) or platform.machine()
+        name = processor_name(self.device) if self.device.type == "cuda" else processor()
         threads = "" if self.device.type == "cuda" else f", {torch.get_num_threads()} of "
         cores = "" if self.device.type == "cuda" else f"{os.cpu_count()} cores"
         return f"{name}{threads}{cores}, {dtype_name(self.dtype)}, torch {torch.__version__}"
@@ -64,7 +64,7 @@ class Lab:
         return "/".join(fingerprint(path) for path in chosen_paths(self.files).values())
 
     def known(self, what: Measurement, seed: int) -> Cell | None:
-        return self.ledger.find(what.name, what.settings(self), seed)
+        return self.ledger.find(what.settings(self), seed)
 
     def cell(self, what: Measurement, seed: int) -> Cell:
         """A cell, measured unless it was before.
@@ -72,7 +72,7 @@ class Lab:
         Raises TimeIsUp; then a part of it may be done, and is not done again next time.
         """
         settings = what.settings(self)
-        if (known := self.ledger.find(what.name, settings, seed)) is not None:
+        if (known := self.ledger.find(settings, seed)) is not None:
             return known
         self.check_time()
         begin = time.perf_counter()

@@ -66,7 +66,7 @@ class ArmScore:
         positive = lab.world.read(texts, self.use)
         negative = lab.world.read([""], self.use)
         basis = lab.world.basis(CHANNELS)
-        truth = features(basis.draw(basis(draw(scenes))))
+        truth = lab.world.truth(side)
         for steps in self.steps:
             walked = draw_with(
                 network,
@@ -187,6 +187,7 @@ class LinearVAE:
     """The best linear code of so many channels; each seed measures on other pictures."""
 
     channels: int
+    pictures: int
 
     @property
     def name(self) -> str:
@@ -196,7 +197,7 @@ class LinearVAE:
         return as_json(self)
 
     def measure(self, lab: Lab, seed: int) -> Numbers:
-        pictures = autoencoder.held_pictures(seed)
+        pictures = autoencoder.held_pictures(self.pictures, seed)
         drawn = autoencoder.linear(lab.world.basis(self.channels), pictures)
         return autoencoder.fidelity(drawn, pictures)
 
@@ -208,6 +209,7 @@ class TrainedVAE:
     channels: int
     steps: int
     batch_size: int
+    pictures: int
 
     @property
     def name(self) -> str:
@@ -223,10 +225,11 @@ class TrainedVAE:
             return autoencoder.SquaresTask(new_vae(config), config, lab.device, lab.dtype)
 
         what = f"{self.name}, seed {seed}"
-        path = lab.fitted(self.settings(lab), config, task, "model", what)
+        trained_as = {key: value for key, value in self.settings(lab).items() if key != "pictures"}
+        path = lab.fitted(trained_as, config, task, "model", what)
         trained = task(config)
         trained.vae.load_state_dict(load_vae(path, dtype=torch.float32).state_dict())
-        pictures = autoencoder.held_pictures(seed)
+        pictures = autoencoder.held_pictures(self.pictures, seed)
         return autoencoder.fidelity(trained.there_and_back(pictures), pictures)
 
 

@@ -27,10 +27,13 @@ from ..embedded.world import Scene
 from ..generate import stored_files
 from ..text.encoders import ENCODERS
 from ..text.vocabularies import find_tokenizers
+from .features import features
 
 KINDS = {"single": 1.0}
 CHANNELS = 16
+MEASURED = 600  # pictures behind a basis
 CHUNK = 64  # captions and pictures encoded at once
+TRUE = 1024  # pictures that FID compares with
 VALIDATED = 128  # held-out pictures behind a validation loss
 PROMPTS = 10_000  # the first held-out scene whose caption is drawn
 
@@ -68,11 +71,12 @@ class World:
         self.folder, self.device = folder, device
         self._encoders: Encoders | None = None
         self._opened: dict[str, Shelf] = {}
+        self._truth: dict[int, Tensor] = {}
 
     @property
     def identity(self) -> str:
         """What decides on everything an arm sees."""
-        return f"{fingerprint(FILE)}-{CHANNELS}"
+        return f"{fingerprint(FILE)}-{CHANNELS}-{MEASURED}"
 
     @property
     def encoders(self) -> Encoders:
@@ -91,7 +95,7 @@ class World:
     def basis(self, channels: int) -> Basis:
         path = self.folder / f"basis-{channels}.safetensors"
         if not path.exists():
-            fit_basis(channels).save(path)
+            fit_basis(channels, MEASURED).save(path)
         return Basis.load(path)
 
     def training(self, side: int, count: int) -> Shelves:
@@ -103,6 +107,13 @@ class World:
     def prompted(self, count: int, side: int = 64) -> list[Scene]:
         """Held-out scenes whose captions are asked for."""
         return scenes_of(HELD, range(PROMPTS, PROMPTS + count), (side, side), KINDS)
+
+    def truth(self, side: int) -> Tensor:
+        """Features of true pictures behind the linear latents, which FID compares with."""
+        if side not in self._truth:
+            basis = self.basis(CHANNELS)
+            self._truth[side] = features(basis.draw(basis(draw(self.prompted(TRUE, side)))))
+        return self._truth[side]
 
     @torch.no_grad()
     def read(self, captions: Sequence[str], use: Sequence[str] = ENCODERS) -> Conditioning:

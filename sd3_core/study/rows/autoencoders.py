@@ -15,16 +15,15 @@ QUANTITIES = (
 )
 
 
-def linear(channels: int) -> LinearVAE:
-    return LinearVAE(channels)
-
-
-def trained(budget: Budget, channels: int) -> TrainedVAE:
-    return TrainedVAE(channels, budget.vae_steps, budget.vae_batch_size)
-
-
 def measured(budget: Budget) -> list[Measurement]:
-    return [*map(linear, CHANNELS), *(trained(budget, channels) for channels in CHANNELS)]
+    pictures = budget.pictures
+    return [
+        *(LinearVAE(channels, pictures) for channels in CHANNELS),
+        *(
+            TrainedVAE(channels, budget.vae_steps, budget.vae_batch_size, pictures)
+            for channels in CHANNELS
+        ),
+    ]
 
 
 def claims(budget: Budget, table: Table) -> list[Claim]:
