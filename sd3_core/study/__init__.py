@@ -8,7 +8,7 @@ autoencoder.py VAEs of 4, 8 and 16 channels
 features.py    the fixed features behind FID, and SSIM
 drawing.py     arms and checkpoints draw; how long their paths are
 statistics.py  intervals, and the rule that decides a verdict
-cells.py       a measurement with its key, and the ledger that keeps it
+cells.py       what was measured, its key, and the ledger that keeps it
 lab.py         makes what is not there yet, within the time there is
 rows/          the claims, one module for each group
 report.py      table, CSV, figures

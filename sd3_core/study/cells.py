@@ -1,37 +1,17 @@
-"""A measurement with its key, and the ledger that keeps what was measured."""
+"""What was measured, its key, and the ledger that keeps it."""
 
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any
 
 from ..checkpoints.save import save_bytes
-
-if TYPE_CHECKING:
-    from .lab import Lab
 
 FORMAT = 1  # of a cell's meaning; another number and everything is measured anew
 
 Numbers = Mapping[str, float]
-
-
-class Measurement(Protocol):
-    """Something that can be measured, once for each seed; a frozen dataclass."""
-
-    @property
-    def name(self) -> str:
-        """Short, for people; one row's measurements have different names."""
-        ...
-
-    def settings(self, lab: "Lab") -> Mapping[str, Any]:
-        """All that decides the outcome but the seed, as JSON holds it; "kind" is its class."""
-        ...
-
-    def measure(self, lab: "Lab", seed: int) -> Numbers:
-        """The numbers.  Raises TimeIsUp when the study's time ends on the way."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +24,7 @@ class Cell:
 
 
 def key_of(settings: Mapping[str, Any], seed: int) -> str:
-    """12 hex digits of what decides the outcome."""
+    """12 hex digits of what decides the outcome; settings as a Measurement has them."""
     text = json.dumps([FORMAT, dict(settings), seed], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 

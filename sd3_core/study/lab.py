@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -19,8 +19,25 @@ from ..training.config import LoopConfig, plain_settings
 from ..training.loop import OnNote, Progress, Task, fit, ignore, product_path
 from ..training.run import open_run
 from .arms import Arm, ArmTask, Network, load_arm, new_arm
-from .cells import Cell, Ledger, Measurement, key_of
+from .cells import Cell, Ledger, Numbers, key_of
 from .world import World
+
+
+class Measurement(Protocol):
+    """Something that can be measured, once for each seed; a frozen dataclass."""
+
+    @property
+    def name(self) -> str:
+        """Short, for people; one row's measurements have different names."""
+        ...
+
+    def settings(self, lab: "Lab") -> Mapping[str, Any]:
+        """All that decides the outcome but the seed, as JSON holds it; "kind" is its class."""
+        ...
+
+    def measure(self, lab: "Lab", seed: int) -> Numbers:
+        """The numbers.  Raises TimeIsUp when the study's time ends on the way."""
+        ...
 
 
 class TimeIsUp(Exception):

@@ -1,7 +1,8 @@
 """How many channels a latent has."""
 
 from ..budgets import Budget
-from ..cells import Measurement, Table
+from ..cells import Table
+from ..lab import Measurement
 from ..measurements import LinearVAE, TrainedVAE
 from .claims import Chart, Claim, Row, curve, differences
 

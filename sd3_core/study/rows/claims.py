@@ -6,7 +6,8 @@ from typing import Any
 
 from ..arms import Arm
 from ..budgets import Budget
-from ..cells import Measurement, Table
+from ..cells import Table
+from ..lab import Measurement
 from ..measurements import ArmScore
 from ..statistics import Interval, Verdict, interval
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 from ...text.encoders import ENCODERS
 from ..arms import Arm
 from ..budgets import Budget
-from ..cells import Measurement, Table
+from ..cells import Table
+from ..lab import Measurement
 from ..measurements import ArmLogits, ArmScore, Preferred
 from .claims import Chart, Claim, Row, arm, curve, differences, scored_once, usual_steps
 from .sampled import SUBSETS, short

@@ -1,7 +1,8 @@
 """What depth changes: how many steps are needed, how long the path is, the validation loss."""
 
 from ..budgets import Budget
-from ..cells import Measurement, Table
+from ..cells import Table
+from ..lab import Measurement
 from ..measurements import ArmScore, Drawn
 from ..statistics import correlation
 from .claims import Chart, Claim, Row, arm, curve, differences, scored, usual_steps
