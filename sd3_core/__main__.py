@@ -1,4 +1,5 @@
-"""python -m sd3_core generate | verify | inspect | export | train | score | check | tiny | bench"""
+"""python -m sd3_core generate | verify | inspect | export | train | score | check | tiny | study |
+bench"""
 
 import argparse
 import re
@@ -57,6 +58,7 @@ def parser() -> argparse.ArgumentParser:
     add_score(commands.add_parser("score", help="count what a model of the small world gets right"))
     add_check(commands.add_parser("check", help="read a picture of the small world"))
     add_tiny(commands.add_parser("tiny", help="make the embedded model again, stage by stage"))
+    add_study(commands.add_parser("study", help="the SD3 paper's claims in miniature, measured"))
     add_bench(commands.add_parser("bench", help="measure against other implementations"))
     return top
 
@@ -207,6 +209,26 @@ def add_tiny(command: argparse.ArgumentParser) -> None:
     add("--dtype", default="auto", help="auto, bf16, fp32; bf16 is faster on many CPUs, too")
     add("--device", default="auto")
     add("--compile", action="store_true", help="compile the MMDiT's blocks; needs a C++ compiler")
+
+
+def add_study(command: argparse.ArgumentParser) -> None:
+    command.set_defaults(run=run_study)
+    add = command.add_argument
+    add("rows", nargs="*", metavar="ROW", help="densities, objectives, ...: all; list shows them")
+    add("--budget", default="half-hour", help="half-hour (of one core), night (two cores) or gpu")
+    add("--minutes", type=float, help="stop then; the next start goes on from there")
+    add("--seeds", type=int, help="at least 3; default: the budget's")
+    add("--output", type=Path, default=Path("output"), metavar="FOLDER", help="for what is learnt")
+    add(
+        "--report",
+        type=Path,
+        default=Path("output/study"),
+        metavar="FOLDER",
+        help="for paper.md, paper.csv and the figures",
+    )
+    add("--dtype", default="auto", help="auto, bf16, fp32; bf16 is faster on many CPUs, too")
+    add("--device", default="auto")
+    add_files(command, loras=False)
 
 
 def add_bench(command: argparse.ArgumentParser) -> None:
@@ -450,6 +472,50 @@ def run_tiny(options: argparse.Namespace) -> int:
     return 0
 
 
+def run_study(options: argparse.Namespace) -> int:
+    from .precision import pick_device, pick_dtype
+    from .study.budgets import find_budget
+    from .study.lab import Lab, budgeted
+    from .study.report import text_table
+    from .study.rows import ROWS, find_rows
+    from .study.run import run_study as study
+    from .study.run import with_seeds
+
+    if options.rows == ["list"]:
+        print("\n".join(f"{row.name:<16} {row.title}" for row in ROWS.values()))
+        return 0
+    rows, budget = find_rows(options.rows), with_seeds(find_budget(options.budget), options.seeds)
+    if options.minutes is not None and not options.minutes > 0:
+        raise ValueError(f"minutes is {options.minutes}; give a number above 0, such as 30.")
+    device = pick_device(options.device)
+    bar = TrainingBar()
+    lab = Lab(
+        options.output,
+        device,
+        pick_dtype(options.dtype, device),
+        drawing_files(options),
+        on_progress=bar.on_named_step,
+    )
+
+    def on_cell(row: str, what: str, done: int, total: int) -> None:
+        if what:
+            bar.on_note(f"{row} {done + 1} of {total}: {what}")
+
+    try:
+        done = study(
+            rows, options.budget, budget, budgeted(lab, options.minutes), options.report, on_cell
+        )
+    finally:
+        bar.close()
+    chosen = [outcome for outcome in done.outcomes if outcome.row in rows]
+    print(text_table(chosen))
+    for note in done.notes:
+        print(f"note: {note}")
+    for path in done.files:
+        print(path)
+    return 0
+
+
 def print_from_kohya(path: Path) -> int:
     from .training.kohya import translate
 
@@ -585,6 +651,9 @@ class TrainingBar:
     def on_step(self, progress: "Progress") -> None:
         self._show("train", progress.step, progress.total)
         self.bar.set_postfix_str(f"loss {progress.loss:.4f}", refresh=False)
+
+    def on_named_step(self, name: str, progress: "Progress") -> None:
+        self._show(name, progress.step, progress.total)
 
     def on_progress(self, progress: "CacheProgress") -> None:
         self._show(progress.what, progress.done, progress.total)

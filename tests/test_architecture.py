@@ -35,6 +35,7 @@ LAYERS = (
     ("sd3_core.training", "sd3_core.bench"),
     ("sd3_core.embedded",),
     ("sd3_core.sweep",),
+    ("sd3_core.study",),
     ("sd3_core", "sd3_core.__main__"),  # the table of contents and the command line
     ("nodes",),
     ("__init__",),  # the pack's own door for ComfyUI
