@@ -343,8 +343,8 @@ class MMDiT(nn.Module):
         return Tokens(tokens, self.context_embedder(context), c, (height, width))
 
     def time_and_text(self, timestep: Tensor, pooled: Tensor, dtype: torch.dtype) -> Tensor:
-        """c [B, D], the input of every adaLN; arguments as in forward."""
-        frequencies = timestep_embedding(timestep).to(dtype)
+        """c [B, D], the input of every adaLN; as in forward, but the timestep on any device."""
+        frequencies = timestep_embedding(timestep).to(pooled.device, dtype, non_blocking=True)
         return self.t_embedder(frequencies) + self.y_embedder(pooled)
 
     def run_blocks(self, tokens: Tokens, blocks: Iterable[int]) -> Tokens:
