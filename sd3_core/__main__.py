@@ -127,6 +127,12 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("machine").add_argument
     add("--dtype", default="auto", help="auto, bf16, fp16, fp32")
     add("--device", default="auto", help="auto, cuda, mps, cpu")
+    add(
+        "--launch",
+        default="plain",
+        metavar="WAY",
+        help="how blocks are started: plain; graph (CUDA); compile (needs a compiler)",
+    )
 
 
 def add_verify(command: argparse.ArgumentParser) -> None:
@@ -256,7 +262,7 @@ def run_generate(options: argparse.Namespace) -> int:
     outputs = output_files(options.output, options.batch)
     known = None if options.no_prompt_cache else users_cache()
     files = drawing_files(options)
-    result = generate(files, settings, progress(), known)
+    result = generate(files, settings, progress(), known, options.launch)
     outputs = [
         save_png(pixels, path, result.record | {"index": index})
         for index, (pixels, path) in enumerate(zip(result.pixels, outputs, strict=True))

@@ -33,7 +33,8 @@ from .precision import check_finite, dtype_name, processor_name
 from .samplers import SAMPLERS, OnStep, Step
 from .schedule import Schedule, add_noise
 from .settings import Files, Plan, Settings, chosen_paths, make_plan
-from .speed import stripes
+from .speed import launch, stripes
+from .speed.attention import measured_attention
 from .speed.modulation import PreparedMMDiT, is_seldom_used
 from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
 from .text.vocabularies import find_tokenizers, pack_tokenizers
@@ -57,21 +58,24 @@ def generate(
     settings: Settings,
     on_step: OnStep | None = None,
     known: KnownPrompts | None = None,
+    way: str = "plain",
 ) -> Result:
     """Draw a batch of pictures.
 
     on_step is called after each sampling step; what it raises stops the run.  known: prompts
-    encoded before, to look up and add to; see speed/prompts.py.
+    encoded before, to look up and add to; see speed/prompts.py.  way: how the joint blocks are
+    started, see speed/launch.py.
     Raises CheckpointError for files and ValueError for settings, both before any weight is read,
     and NumericalError when a stage overflows.
     """
     with torch.inference_mode(), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         plan = make_plan(files, settings)
+        launch.check(way, plan.device)
         record = make_record(files, plan)
         positive, negative = encode_prompts(files, plan, known)
         start = start_latents(plan)
-        x0 = sample(plan, positive, negative, start, on_step)
+        x0 = sample(plan, positive, negative, start, on_step, way)
         pixels = keep_masked(to_uint8(decode(plan, x0)), plan)
     said = (str(warning.message) for warning in warned if warning.category is UserWarning)
     about_negative = (
@@ -190,13 +194,19 @@ def sample(
     negative: EncodedPrompt,
     start: Tensor,
     on_step: OnStep | None = None,
+    way: str = "plain",
 ) -> Tensor:
     """From noise to the clean latents, in model space; the MMDiT is gone when this returns."""
     model = load_mmdit(
-        plan.parts["mmdit"], dtype=plan.dtype, device=plan.device, left=is_seldom_used
+        plan.parts["mmdit"],
+        dtype=plan.dtype,
+        device=plan.device,
+        attention=measured_attention,
+        left=is_seldom_used,
     )
     model = with_loras(model, "mmdit", plan)
-    return sample_with(model, plan, positive.conditioning, negative.conditioning, start, on_step)
+    positive_prompt, negative_prompt = positive.conditioning, negative.conditioning
+    return sample_with(model, plan, positive_prompt, negative_prompt, start, on_step, way)
 
 
 def sample_with(
@@ -206,10 +216,12 @@ def sample_with(
     negative: Conditioning,
     start: Tensor,
     on_step: OnStep | None = None,
+    way: str = "plain",
 ) -> Tensor:
     """As `sample`, with a network that is loaded already."""
     wanted, schedule = plan.settings, plan.schedule
     model = PreparedMMDiT(model, Schedule.timestep(plan.sigmas[:-1]), plan.device, plan.dtype)
+    launch.launch(model, way, plan.device)
     velocity = classifier_free(
         model,
         model.prepare(positive.to(plan.device, plan.dtype)),

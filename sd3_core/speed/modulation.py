@@ -11,7 +11,7 @@ next one, and weights that are streamed from their file never rest on the device
 """
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..conditioning import Conditioning
-from ..models.mmdit import MMDiT, timestep_embedding
+from ..models.mmdit import MMDiT, Tokens, timestep_embedding
 
 EMBEDDERS = ("t_embedder.", "y_embedder.")
 AT_ONCE = 64  # timesteps computed together; for two prompts SD3.5 Large's rows take 0.6 GB
 MOST_ROWS = 128  # kept when more are computed
 
 Call = Callable[[nn.Module, Tensor], Tensor]  # (layer, its input) -> its output
+# (how to run these blocks one by one, their tokens, the blocks) -> the tokens behind them
+Starter = Callable[[Callable[[Tokens, tuple[int, ...]], Tokens], Tokens, tuple[int, ...]], Tokens]
 Row = tuple[float, int]  # timestep, number of the prompt
 
 
@@ -208,6 +210,12 @@ class TabledMMDiT(MMDiT):
         self.context_embedder: nn.Module = model.context_embedder
         self.joint_blocks, self.final_layer = looked_up(model, table.columns)
         self.positions: dict[tuple[int, int], Tensor] = {}
+        self.starter: Starter | None = None  # see launch.py
+
+    def run_blocks(self, tokens: Tokens, blocks: Iterable[int]) -> Tokens:
+        if self.starter is None:
+            return super().run_blocks(tokens, blocks)
+        return self.starter(super().run_blocks, tokens, tuple(blocks))
 
     def time_and_text(self, timestep: Tensor, pooled: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the table, [B, width].  pooled: numbers [B, 1]."""
