@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol
 
 import torch
@@ -21,12 +21,14 @@ from ..checkpoints.load import load_mmdit, load_vae, nothing
 from ..checkpoints.tensors import map_tensors
 from ..conditioning import Conditioning
 from ..guidance import classifier_free
+from ..models.attention import attention
 from ..models.mmdit import MMDiT, MMDiTConfig
 from ..models.onednn import Ops
 from ..models.vae import VAEConfig, to_model_space
-from ..samplers import euler
+from ..samplers import Velocity, euler
 from ..schedule import Schedule
-from ..speed import stripes
+from ..speed import launch, stripes
+from ..speed.attention import measured_attention
 from ..speed.modulation import ModulationTable, PreparedMMDiT, is_seldom_used, modulators
 from . import training
 from .cases import CFG, Case, cut_blocks
@@ -36,6 +38,10 @@ Work = Callable[[Inputs], Tensor]
 
 MMDIT_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
+PACK = Path(__file__).resolve().parent.parent.parent
+PACK_NAME = "sd3_workbench_in_bench"
+SPARE_GIB = 0.6  # of a capped device, for what CUDA itself holds in the process
+COMMON = ("kind", "device", "threads", "memory_gb")  # of every worker's options
 
 
 class Arm(Protocol):
@@ -49,12 +55,55 @@ class Arm(Protocol):
         """The work of a case, ready to be run on its inputs."""
         ...
 
+    def release(self) -> None:
+        """Let go of what the last case left on the device."""
+        ...
+
+
+class Approximation(Protocol):
+    """What makes sampling quicker and the picture another one: each is an arm of its own."""
+
+    def __call__(
+        self,
+        model: MMDiT,
+        positive: Conditioning,
+        negative: Conditioning,
+        sigmas: Tensor,
+    ) -> Velocity:
+        """The guided velocity of a run, in the place of `classifier_free(..., CFG)`."""
+        ...
+
+
+# Name -> approximation; "cache" becomes the arm ours-cache, whose distance is shown, not judged.
+APPROXIMATIONS: dict[str, Approximation] = {}
+
+
+def exactly(
+    model: MMDiT, positive: Conditioning, negative: Conditioning, sigmas: Tensor
+) -> Velocity:
+    return classifier_free(model, positive, negative, CFG)
+
 
 class Ours:
-    """plain: without the modulation table."""
+    """plain: without the modulation table.  way: of starting the blocks, see speed/launch.py.
 
-    def __init__(self, device: torch.device, plain: bool = False):
-        self.device, self.plain = device, plain
+    backend: of torch.compile.  approximation: a name in APPROXIMATIONS.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        plain: bool = False,
+        way: str = "plain",
+        backend: str = "inductor",
+        approximation: str = "",
+    ):
+        self.device, self.plain, self.way, self.backend = device, plain, way, backend
+        self.guided = APPROXIMATIONS[approximation] if approximation else exactly
+        self.started: PreparedMMDiT | None = None
+
+    def release(self) -> None:
+        self.started = None
 
     def load(self, case: Case, file: Path) -> Mapping[str, Tensor]:
         return load_mmdit(file, device=self.device).state_dict()
@@ -65,6 +114,7 @@ class Ours:
             return lambda given: stripes.decode(vae, given["x"].to(getattr(torch, case.dtype)))
         if case.work == "train":
             return training.Ours(case, file, self.device)
+        self.started = None
         model = self._denoiser(case, file)
         if case.work == "sample":
             return partial(self._sample, model, getattr(torch, case.dtype))
@@ -82,6 +132,7 @@ class Ours:
                 file,
                 dtype=getattr(torch, case.dtype),
                 device=self.device,
+                attention=attention if self.plain else measured_attention,
                 left=is_seldom_used if tabled else nothing,
             )
         assert isinstance(case.network, MMDiTConfig)
@@ -96,9 +147,17 @@ class Ours:
         if not self.plain:
             levels = Schedule.timestep(given["sigmas"][:-1])
             model = PreparedMMDiT(model, levels, self.device, dtype)
+            self._launch(model)
             positive, negative = model.prepare(positive), model.prepare(negative)
-        velocity = classifier_free(model, positive, negative, CFG)
+        velocity = self.guided(model, positive, negative, given["sigmas"])
         return euler(velocity, given["x"], given["sigmas"])
+
+    def _launch(self, network: PreparedMMDiT) -> None:
+        """What a run recorded or compiled serves the next one, as in a program that stays."""
+        if self.started is None:
+            launch.launch(network, self.way, self.device, self.backend)
+            self.started = network
+        network.joint_blocks, network.starter = self.started.joint_blocks, self.started.starter
 
     def _modulate(self, model: MMDiT, given: Inputs) -> Tensor:
         """Every adaLN's output for both prompts, step after step: [steps * 2, width]."""
@@ -116,7 +175,10 @@ class Ours:
 
 
 class Diffusers:
-    def __init__(self, device: torch.device):
+    """backend: of torch.compile, for each block; empty: eager.  offload: layer by layer."""
+
+    def __init__(self, device: torch.device, backend: str = "", offload: bool = False):
+        self.backend, self.offload = backend, offload
         self.diffusers: Any = import_module("diffusers")
         self.diffusers.utils.logging.disable_progress_bar()
         self.device = device
@@ -147,7 +209,16 @@ class Diffusers:
             subfolder="transformer",
             torch_dtype=dtype,
         )
-        return model.to(self.device).eval()
+        if self.backend:
+            for block in model.transformer_blocks:
+                block.compile(backend=self.backend, dynamic=False)
+        return model.to("cpu" if self._carries() else self.device).eval()
+
+    def _carries(self) -> bool:
+        return self.offload and self.device.type == "cuda"
+
+    def release(self) -> None:
+        pass
 
     def _sampling(self, model: Any) -> Work:
         encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
@@ -159,6 +230,8 @@ class Diffusers:
             **dict.fromkeys((*encoders, *tokenizers)),
         )
         pipeline.set_progress_bar_config(disable=True)
+        if self._carries():
+            pipeline.enable_sequential_cpu_offload(device=self.device)
 
         def sample(given: Inputs) -> Tensor:
             x = given["x"]
@@ -183,14 +256,22 @@ class Diffusers:
 
 
 class ComfyUI:
-    """sdpa: with --use-pytorch-cross-attention, instead of the attention it takes by itself."""
+    """sdpa: with --use-pytorch-cross-attention, instead of the attention it takes by itself.
 
-    def __init__(self, checkout: Path, device: torch.device, sdpa: bool):
+    memory_gb: of the device, the rest is reserved as by --reserve-vram; 0: all of it.
+    """
+
+    def __init__(
+        self, checkout: Path, device: torch.device, sdpa: bool = False, memory_gb: float = 0.0
+    ):
         sys.path.insert(0, str(checkout))
         sys.argv = sys.argv[:1]
         arguments = import_module("comfy.cli_args").args
         arguments.cpu = device.type == "cpu"  # all of these before anything else of ComfyUI loads
         arguments.use_pytorch_cross_attention = sdpa
+        if memory_gb and device.type == "cuda":
+            total = torch.cuda.get_device_properties(device).total_memory
+            arguments.reserve_vram = max(0.0, (total - memory_gb * 1e9) / 2**30) + SPARE_GIB
         self.comfy = {
             name: import_module(f"comfy.{name}")
             for name in ("model_management", "ops", "sample", "samplers", "sd", "utils")
@@ -217,10 +298,17 @@ class ComfyUI:
             return lambda given: self._sample(patcher, given)
         return self._forward(patcher.model.diffusion_model)
 
+    def release(self) -> None:
+        self.comfy["model_management"].unload_all_models()
+        self.comfy["model_management"].soft_empty_cache()
+
     def _patcher(self, file: Path, dtype: torch.dtype) -> Any:
-        patcher = self.comfy["sd"].load_diffusion_model(str(file), model_options={"dtype": dtype})
+        patcher = self._model(file, dtype)
         self.comfy["model_management"].load_models_gpu([patcher])
         return patcher
+
+    def _model(self, file: Path, dtype: torch.dtype) -> Any:
+        return self.comfy["sd"].load_diffusion_model(str(file), model_options={"dtype": dtype})
 
     def _cut(self, case: Case, file: Path) -> Any:
         """A network of some blocks only: ComfyUI's loader takes their number from the width."""
@@ -265,6 +353,30 @@ class ComfyUI:
         return to_model_space(latents)
 
 
+class OursInComfyUI(ComfyUI):
+    """The MODEL of our loaders under ComfyUI's sampler and memory manager."""
+
+    def __init__(
+        self, checkout: Path, device: torch.device, sdpa: bool = False, memory_gb: float = 0.0
+    ):
+        super().__init__(checkout, device, sdpa, memory_gb)
+        for name, folder in ((PACK_NAME, PACK), (f"{PACK_NAME}.nodes", PACK / "nodes")):
+            package = ModuleType(name)  # the modules of the pack without the nodes themselves
+            package.__path__ = [str(folder)]
+            sys.modules[name] = package
+        self.adapter = import_module(f"{PACK_NAME}.nodes.comfy_model")
+        self.loading = import_module(f"{PACK_NAME}.sd3_core.checkpoints.load")
+
+    def prepare(self, case: Case, file: Path) -> Work:
+        if case.work != "sample":
+            raise NotImplementedError("it is measured by sampling")
+        return super().prepare(case, file)
+
+    def _model(self, file: Path, dtype: torch.dtype) -> Any:
+        wanted = {torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+        return self.adapter.make_model(self.loading.component_of(file, "mmdit"), wanted)
+
+
 class Reference:
     """Stability's sd3.5 code."""
 
@@ -273,6 +385,9 @@ class Reference:
         self.mmditx = import_module("mmditx")
         self.impls = import_module("sd3_impls")
         self.device = device
+
+    def release(self) -> None:
+        pass
 
     def load(self, case: Case, file: Path) -> Mapping[str, Tensor]:
         raise NotImplementedError("its loader is part of its command line")
@@ -336,15 +451,18 @@ class Reference:
 
 def make_arm(options: Mapping[str, Any], device: torch.device) -> Arm:
     """The arm a worker is started for; options: see run.py's `arms_here`."""
+    own = {name: value for name, value in options.items() if name not in COMMON}
+    within = options.get("memory_gb", 0.0)
     kind = options["kind"]
     if kind == "ours":
-        return Ours(device, options.get("plain", False))
+        return Ours(device, **own)
     if kind == "diffusers":
-        return Diffusers(device)
-    if kind == "comfyui":
-        return ComfyUI(Path(options["folder"]), device, options["sdpa"])
+        return Diffusers(device, offload=bool(within), **own)
+    if kind in ("comfyui", "ours-in-comfyui"):
+        arm = ComfyUI if kind == "comfyui" else OursInComfyUI
+        return arm(Path(own.pop("folder")), device, memory_gb=within, **own)
     if kind == "reference":
-        return Reference(Path(options["folder"]), device)
+        return Reference(Path(own["folder"]), device)
     raise ValueError(f"no arm {json.dumps(dict(options))}")
 
 
