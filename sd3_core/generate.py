@@ -26,7 +26,7 @@ from .lora import merge
 from .models.clip import CLIPTextModel
 from .models.mmdit import MMDiT
 from .models.t5 import T5Encoder
-from .models.vae import to_model_space, to_vae_space
+from .models.vae import VAE, to_model_space, to_vae_space
 from .noise import noise, noise_per_image
 from .pictures import read_image, read_mask, to_levels, to_uint8
 from .precision import check_finite, dtype_name, processor_name
@@ -182,7 +182,7 @@ def start_latents(plan: Plan) -> Tensor:
     if plan.settings.init is None:
         return torch.zeros(plan.latent_shape, device=plan.device)
     image = read_image(plan.settings.init, plan.width, plan.height)
-    vae = load_vae(plan.parts["vae"], dtype=plan.wide_dtype, device=plan.device)
+    vae = half_of_vae(plan, "encoder")
     mean = vae.encode(image.to(plan.device, plan.wide_dtype)).mean.float()
     check_finite(mean, "the VAE's encoder", plan.wide_dtype)
     return to_model_space(mean).expand(plan.latent_shape)
@@ -239,6 +239,16 @@ def sample_with(
     return check_finite(x0, "the MMDiT", plan.dtype)
 
 
+def half_of_vae(plan: Plan, half: str) -> VAE:
+    """The VAE whose encoder or decoder will do; the other half stays in its file, unread."""
+    return load_vae(
+        plan.parts["vae"],
+        dtype=plan.wide_dtype,
+        device=plan.device,
+        left=lambda name: not name.startswith(f"{half}."),
+    )
+
+
 def starting_noise(plan: Plan) -> Tensor:
     if not plan.settings.seed_each:
         return noise(plan.latent_shape, plan.settings.seed)
@@ -260,7 +270,7 @@ def watched(on_step: OnStep | None, dtype: torch.dtype) -> OnStep:
 
 def decode(plan: Plan, x0: Tensor) -> Tensor:
     """Latents in model space -> images [B, 3, H, W] in -1..1; one at a time, to save memory."""
-    vae = load_vae(plan.parts["vae"], dtype=plan.wide_dtype, device=plan.device)
+    vae = half_of_vae(plan, "decoder")
     latents = to_vae_space(x0).to(plan.wide_dtype)
     images = torch.cat([stripes.decode(vae, latent[None]).float() for latent in latents])
     return check_finite(images, "the VAE's decoder", plan.wide_dtype)
