@@ -15,7 +15,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .arms import Arm, Inputs, Work, make_arm
+from .arm import Arm, Inputs, Work
+from .arms import make_arm
 from .cases import from_json
 from .measure import Time, give_back_memory, memory, peak, timed, traffic
 
