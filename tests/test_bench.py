@@ -70,7 +70,7 @@ def use(monkeypatch):
 
     def replace(case: Case, **others) -> None:
         @contextmanager
-        def started(named):
+        def started(named, deadline=None):
             yield workers(**others)
 
         monkeypatch.setattr(cases, "quick_cases", lambda size: (case,))

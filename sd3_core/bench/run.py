@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -136,7 +136,8 @@ class WorkerProcess:
         )
         self.greeting: dict[str, Any] | None = None
         self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()  # pipes have no timeout
-        threading.Thread(target=self._read, daemon=True).start()
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request, or what ended the process."""
@@ -154,7 +155,12 @@ class WorkerProcess:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self.reader.join(timeout=5)  # it sees the end of the pipe that it reads
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(OSError):  # what was still to be said to a process that is gone
+                if pipe is not None:
+                    pipe.close()
         self.log.close()
 
     def _read(self) -> None:
