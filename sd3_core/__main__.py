@@ -129,6 +129,12 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add = command.add_argument_group("machine").add_argument
     add("--dtype", default="auto", help="auto, bf16, fp16, fp32")
     add("--device", default="auto", help="auto, cuda, mps, cpu")
+    add(
+        "--launch",
+        default="plain",
+        metavar="WAY",
+        help="how blocks are started: plain; graph (CUDA); compile (needs a compiler)",
+    )
 
 
 def add_verify(command: argparse.ArgumentParser) -> None:
@@ -235,7 +241,13 @@ def add_bench(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_bench)
     add = command.add_argument
     add("cases", nargs="*", metavar="CASE", help="load, forward, step, sample, decode, ...: all")
-    add("--gpu-plan", action="store_true", help="a GPU's limits, then the released sizes on it")
+    add(
+        "--gpu-plan",
+        action="store_true",
+        help="a GPU's limits, then the released sizes on it, in ten minutes; with --quick the same "
+        "on small networks, to try it on any device",
+    )
+    add("--compiled", action="store_true", help="also ours and diffusers compiled block by block")
     add("--quick", action="store_true", help="small cases, in a minute or two")
     add("--reference", type=Path, metavar="PATH", help="Stability's sd3.5 code, to compare with")
     add("--size", default="100mb", help="file of the load case: 100mb, 1gb, 4gb, 16gb")
@@ -284,7 +296,7 @@ def run_generate(options: argparse.Namespace) -> int:
     outputs = output_files(options.output, options.batch)
     known = None if options.no_prompt_cache else users_cache()
     files = drawing_files(options)
-    result = generate(files, settings, progress(), known)
+    result = generate(files, settings, progress(), known, options.launch)
     outputs = [
         save_png(pixels, path, result.record | {"index": index})
         for index, (pixels, path) in enumerate(zip(result.pixels, outputs, strict=True))
@@ -306,6 +318,9 @@ def run_verify(options: argparse.Namespace) -> int:
     return 0 if comparison.equal else 1
 
 
+GPU_PLAN = 570.0  # seconds, start and end of processes included
+
+
 def run_bench(options: argparse.Namespace) -> int:
     import json
 
@@ -315,11 +330,23 @@ def run_bench(options: argparse.Namespace) -> int:
     if options.plot:
         report.check_plot()
     chosen = cases.choose(options.cases, options.quick, options.size)
+    compiled = "inductor" if options.compiled else ""
+    limits: dict[str, float] = {}
     if options.gpu_plan:
-        chosen = list(cases.gpu_cases())
-        options.device = "cuda" if options.device == "cpu" else options.device
-        print("\n".join(ceilings.lines(ceilings.measure(pick_device(options.device)))), flush=True)
+        chosen = list(cases.gpu_cases(tiny=options.quick))
+        compiled = "eager" if options.quick else "inductor"
+        if not options.quick and options.device == "cpu":
+            options.device = "cuda"
+        device = pick_device(options.device)
+        small = options.quick
+        limits = ceilings.measure(device, 256, 64) if small else ceilings.measure(device)
+    elif options.device == "cpu":
+        limits = ceilings.of_cpu()
     how = run.Options(
+        in_turn=options.gpu_plan,
+        compiled=compiled,
+        limit=GPU_PLAN if options.gpu_plan else None,
+        ceilings=limits,
         reference=options.reference,
         device=options.device,
         threads=options.threads,
@@ -328,6 +355,7 @@ def run_bench(options: argparse.Namespace) -> int:
     )
     where = run.surroundings(how)
     print(", ".join(f"{name} {value}" for name, value in where.items()), flush=True)
+    print("\n".join(ceilings.lines(limits)))
     print(report.legend(where), flush=True)
     outcomes: list[run.Outcome] = []
     for outcome in run.run_cases(chosen, how):
@@ -335,7 +363,7 @@ def run_bench(options: argparse.Namespace) -> int:
         print("\n".join(report.lines(outcome)), flush=True)
     print("\n".join(report.growth_lines(report.growths(outcomes))))
     if options.json:
-        values = report.as_json_report(where, outcomes)
+        values = report.as_json_report(where, outcomes, limits)
         options.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
     if options.plot:
         report.plot(options.plot, outcomes)

@@ -26,14 +26,15 @@ from .lora import merge
 from .models.clip import CLIPTextModel
 from .models.mmdit import MMDiT
 from .models.t5 import T5Encoder
-from .models.vae import to_model_space, to_vae_space
+from .models.vae import VAE, to_model_space, to_vae_space
 from .noise import noise, noise_per_image
 from .pictures import read_image, read_mask, to_levels, to_uint8
 from .precision import check_finite, dtype_name, processor_name
 from .samplers import SAMPLERS, OnStep, Step
 from .schedule import Schedule, add_noise
 from .settings import Files, Plan, Settings, chosen_paths, make_plan
-from .speed import stripes
+from .speed import launch, stripes
+from .speed.attention import measured_attention
 from .speed.modulation import PreparedMMDiT, is_seldom_used
 from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
 from .text.vocabularies import find_tokenizers, pack_tokenizers
@@ -57,21 +58,24 @@ def generate(
     settings: Settings,
     on_step: OnStep | None = None,
     known: KnownPrompts | None = None,
+    way: str = "plain",
 ) -> Result:
     """Draw a batch of pictures.
 
     on_step is called after each sampling step; what it raises stops the run.  known: prompts
-    encoded before, to look up and add to; see speed/prompts.py.
+    encoded before, to look up and add to; see speed/prompts.py.  way: how the joint blocks are
+    started, see speed/launch.py.
     Raises CheckpointError for files and ValueError for settings, both before any weight is read,
     and NumericalError when a stage overflows.
     """
     with torch.inference_mode(), warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always", UserWarning)
         plan = make_plan(files, settings)
+        launch.check(way, plan.device)
         record = make_record(files, plan)
         positive, negative = encode_prompts(files, plan, known)
         start = start_latents(plan)
-        x0 = sample(plan, positive, negative, start, on_step)
+        x0 = sample(plan, positive, negative, start, on_step, way)
         pixels = keep_masked(to_uint8(decode(plan, x0)), plan)
     said = (str(warning.message) for warning in warned if warning.category is UserWarning)
     about_negative = (
@@ -181,7 +185,7 @@ def start_latents(plan: Plan) -> Tensor:
     if plan.settings.init is None:
         return torch.zeros(plan.latent_shape, device=plan.device)
     image = read_image(plan.settings.init, plan.width, plan.height)
-    vae = load_vae(plan.parts["vae"], dtype=plan.wide_dtype, device=plan.device)
+    vae = half_of_vae(plan, "encoder")
     mean = vae.encode(image.to(plan.device, plan.wide_dtype)).mean.float()
     check_finite(mean, "the VAE's encoder", plan.wide_dtype)
     return to_model_space(mean).expand(plan.latent_shape)
@@ -193,13 +197,19 @@ def sample(
     negative: EncodedPrompt,
     start: Tensor,
     on_step: OnStep | None = None,
+    way: str = "plain",
 ) -> Tensor:
     """From noise to the clean latents, in model space; the MMDiT is gone when this returns."""
     model = load_mmdit(
-        plan.parts["mmdit"], dtype=plan.dtype, device=plan.device, left=is_seldom_used
+        plan.parts["mmdit"],
+        dtype=plan.dtype,
+        device=plan.device,
+        attention=measured_attention,
+        left=is_seldom_used,
     )
     model = with_loras(model, "mmdit", plan)
-    return sample_with(model, plan, positive.conditioning, negative.conditioning, start, on_step)
+    positive_prompt, negative_prompt = positive.conditioning, negative.conditioning
+    return sample_with(model, plan, positive_prompt, negative_prompt, start, on_step, way)
 
 
 def sample_with(
@@ -209,10 +219,12 @@ def sample_with(
     negative: Conditioning,
     start: Tensor,
     on_step: OnStep | None = None,
+    way: str = "plain",
 ) -> Tensor:
     """As `sample`, with a network that is loaded already."""
     wanted, schedule = plan.settings, plan.schedule
     model = PreparedMMDiT(model, Schedule.timestep(plan.sigmas[:-1]), plan.device, plan.dtype)
+    launch.launch(model, way, plan.device)
     velocity = classifier_free(
         model,
         model.prepare(positive.to(plan.device, plan.dtype)),
@@ -228,6 +240,16 @@ def sample_with(
     x = add_noise(start, start_noise, plan.sigmas[:1])
     x0 = SAMPLERS[plan.sampler](velocity, x, plan.sigmas, watched(on_step, plan.dtype))
     return check_finite(x0, "the MMDiT", plan.dtype)
+
+
+def half_of_vae(plan: Plan, half: str) -> VAE:
+    """The VAE whose encoder or decoder will do; the other half stays in its file, unread."""
+    return load_vae(
+        plan.parts["vae"],
+        dtype=plan.wide_dtype,
+        device=plan.device,
+        left=lambda name: not name.startswith(f"{half}."),
+    )
 
 
 def starting_noise(plan: Plan) -> Tensor:
@@ -251,7 +273,7 @@ def watched(on_step: OnStep | None, dtype: torch.dtype) -> OnStep:
 
 def decode(plan: Plan, x0: Tensor) -> Tensor:
     """Latents in model space -> images [B, 3, H, W] in -1..1; one at a time, to save memory."""
-    vae = load_vae(plan.parts["vae"], dtype=plan.wide_dtype, device=plan.device)
+    vae = half_of_vae(plan, "decoder")
     latents = to_vae_space(x0).to(plan.wide_dtype)
     images = torch.cat([stripes.decode(vae, latent[None]).float() for latent in latents])
     return check_finite(images, "the VAE's decoder", plan.wide_dtype)

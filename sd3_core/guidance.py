@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .conditioning import Conditioning
 from .models.mmdit import MMDiT, Tokens
-from .samplers import Velocity
+from .samplers import Velocity, on_host
 from .schedule import ALWAYS, Schedule, Window, add_noise, per_image
 
 
@@ -60,7 +60,7 @@ def plain(model: MMDiT, conditioning: Conditioning) -> Velocity:
     """One prompt, no guidance."""
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        return predict(model, x, sigma, for_batch(conditioning, x))
+        return predict(model, x, on_host(sigma), for_batch(conditioning, x))
 
     return velocity
 
@@ -86,6 +86,7 @@ def classifier_free(
         check_layers(skip.layers, model.config.depth)
 
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
+        sigma = on_host(sigma)
         level = float(sigma[0])
         guide = not math.isclose(cfg, 1.0) and level in window
         run = run_branches(

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
 
+import torch
 from torch import Tensor
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, C, H, W], sigma [B]) -> velocity, float32
@@ -93,7 +94,19 @@ SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_
 
 def at_level(velocity: Velocity, x: Tensor, sigma: float) -> Tensor:
     """The velocity of a batch that is at one noise level."""
-    return velocity(x, x.new_full((x.shape[0],), sigma))
+    return velocity(x, with_level(x.new_full((x.shape[0],), sigma), sigma))
+
+
+def with_level(sigma: Tensor, level: float) -> Tensor:
+    """sigma, which also carries its value: reading it off a GPU would wait for all work there."""
+    sigma.level = level  # pyright: ignore[reportAttributeAccessIssue]
+    return sigma
+
+
+def on_host(sigma: Tensor) -> Tensor:
+    """sigma [B] on the CPU where that takes no waiting, else as it is."""
+    level = getattr(sigma, "level", None)
+    return sigma if level is None else torch.full(sigma.shape, level)
 
 
 def report(on_step: OnStep | None, index: int, sigmas: Tensor, x: Tensor, x0: Tensor) -> None:

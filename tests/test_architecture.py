@@ -63,7 +63,9 @@ UNSAFE_MODULES = (
 )
 UNSAFE_CALLS = ("eval", "exec", "torch.load", "yaml.load", "yaml.unsafe_load")
 # Used where it is installed, and only when asked for; tomllib is Python's own from 3.11 on.
-OPTIONAL = ("diffusers", "matplotlib", "tomllib", "tomli")
+OPTIONAL = ("diffusers", "matplotlib", "tomllib", "tomli", "triton")
+# Modules that exist only beside such a package: imported inside a function, and so may import it.
+ON_DEMAND = ("sd3_core.models.kernels",)
 DISTRIBUTIONS = {"PIL": "pillow"}  # imported name -> installed name, where they differ
 VAGUE_NAMES = ("utils", "util", "common", "helpers", "misc")
 
@@ -229,11 +231,20 @@ def unrequired_packages(module: Module) -> list[str]:
     broken = []
     for found in module.imports:
         package = found.target.split(".")[0]
-        optional = package in OPTIONAL and not found.at_module_level
+        late = not found.at_module_level or module.name in ON_DEMAND
+        optional = package in OPTIONAL and late
         known = DISTRIBUTIONS.get(package, package) in brought
         if not found.relative and not known and not optional:
             broken.append(f"{module.name}:{found.line} imports {package}, which nobody installs")
     return broken
+
+
+def on_demand_at_module_level(module: Module, names: set[str] = NAMES) -> list[str]:
+    return [
+        f"{module.name}:{found.line} imports {found.target} at module level"
+        for found in module.imports
+        if found.at_module_level and module_named(found.target, names) in ON_DEMAND
+    ]
 
 
 def open_keyword_arguments(module: Module) -> list[str]:
@@ -259,6 +270,7 @@ RULES = (
     unsafe_code,
     heavy_at_module_level,
     unrequired_packages,
+    on_demand_at_module_level,
     open_keyword_arguments,
     vague_names,
 )
@@ -300,6 +312,8 @@ def test_no_module_breaks_the_rule(rule):
         (heavy_at_module_level, "sd3_core.bench", "if True:\n    import diffusers"),
         (unrequired_packages, "sd3_core.schedule", "import pandas"),
         (unrequired_packages, "sd3_core.bench", "from diffusers import StableDiffusion3Pipeline"),
+        (unrequired_packages, "sd3_core.models.fused", "import triton"),
+        (on_demand_at_module_level, "sd3_core.models.fused", "from . import kernels"),
         (open_keyword_arguments, "sd3_core.generate", "def generate(prompt, **options): ..."),
         (vague_names, "sd3_core.utils", ""),
     ],
@@ -318,6 +332,8 @@ def test_the_rule_notices_a_planted_fault(rule, name, source):
         (heavy_at_module_level, "sd3_core.bench", "def run():\n    import diffusers"),
         (unrequired_packages, "sd3_core.bench", "def run():\n    from diffusers import pipelines"),
         (unrequired_packages, "sd3_core.pictures", "import math, torch.nn\nfrom PIL import Image"),
+        (unrequired_packages, "sd3_core.models.kernels", "import triton"),
+        (on_demand_at_module_level, "sd3_core.models.fused", "def f():\n    from . import kernels"),
         (unsafe_code, "sd3_core.generate", "model.eval()"),
     ],
 )

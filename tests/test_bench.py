@@ -2,13 +2,16 @@
 
 import json
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 from sd3_pack.sd3_core.__main__ import main
-from sd3_pack.sd3_core.bench import arms, cases, ceilings, report, run
+from sd3_pack.sd3_core.bench import arms, cases, ceilings, floor, report, run
 from sd3_pack.sd3_core.bench.cases import TOLERANCE, Case, as_json, choose, from_json
+from sd3_pack.sd3_core.bench.run import PLAIN
 from sd3_pack.sd3_core.bench.worker import Worker
+from sd3_pack.sd3_core.guidance import plain
 from sd3_pack.sd3_core.models.mmdit import MMDiTConfig
 from sd3_pack.sd3_core.models.vae import VAEConfig
 
@@ -67,7 +70,7 @@ def use(monkeypatch):
 
     def replace(case: Case, **others) -> None:
         @contextmanager
-        def started(named):
+        def started(named, deadline=None):
             yield workers(**others)
 
         monkeypatch.setattr(cases, "quick_cases", lambda size: (case,))
@@ -170,6 +173,128 @@ def test_the_limits_of_a_device_are_measured(monkeypatch):
     assert {"matmul TFLOP/s", "copy TB/s"} <= set(found)
     assert all(value > 0 for value in found.values())
     assert len(list(ceilings.lines(found))) == len(found) + 1
+
+
+def test_the_floor_counts_what_the_networks_multiply():
+    """Against the closed formulas: SD3 Medium 17.8 and SD3.5 Large 62.2 TFLOP a guided step."""
+    step = Case("step", "sample", cases.MEDIUM, pixels=1024, text=333, batch=1)
+    assert floor.flops(step) == pytest.approx(17.8e12, rel=0.01)
+    assert floor.flops(replace(step, network=cases.LARGE)) == pytest.approx(62.2e12, rel=0.01)
+    assert floor.flops(replace(step, steps=8)) == 8 * floor.flops(step)
+    decode = Case("decode", "decode", VAEConfig(), pixels=1024, batch=1)
+    assert floor.flops(decode) == pytest.approx(10.47e12, rel=0.01)
+    cut = replace(step, work="forward", batch=2, blocks=2)
+    assert 0 < floor.flops(cut) < 0.15 * floor.flops(step)
+    assert floor.floor_seconds(step, {floor.MATMUL: 2.0}) == pytest.approx(8.9, rel=0.01)
+    assert floor.floor_seconds(step, {}) is None
+    assert floor.floor_seconds(cases.load_case("100mb"), {floor.MATMUL: 2.0}) is None
+
+
+def test_arms_that_work_in_turn_are_compared_and_lose_their_times_if_wrong(tmp_path):
+    case = Case("sample", "sample", SIZE, pixels=64, text=5, batch=1, steps=2)
+    plain = {run.PLAIN: arms.Ours(CPU, plain=True)}
+    outcome = run.run_in_turn(case, workers(**plain, old=Broken(CPU)), tmp_path, 2, "cpu")
+    assert not outcome.failed
+    assert {name: len(arm.seconds) for name, arm in outcome.arms.items()} == {"ours": 2, PLAIN: 2}
+    assert outcome.left_out == {"old": "RuntimeError: too old for this"}
+    assert outcome.arms["ours"].traffic == {"moved": None, "kernels": None}
+    assert outcome.arms["ours"].prepared > 0
+    assert "ms/step" in "\n".join(report.lines(outcome))
+    wrong = {"wrong": Changed(lambda out: out * 1.01)}
+    outcome = run.run_in_turn(case, workers(**wrong), tmp_path, 2, "cpu")
+    assert outcome.wrong == ["wrong"]
+    assert all(not arm.seconds and not arm.wall for arm in outcome.arms.values())
+
+
+class Kept(arms.Ours):
+    released = 0
+
+    def release(self):
+        self.released += 1
+
+
+def test_in_turn_each_arm_lets_go_before_the_next_one(tmp_path):
+    case = Case("sample", "sample", SIZE, pixels=64, text=5, batch=1, steps=2)
+    worker = Worker(arm := Kept(CPU))
+    process = InThisProcess(arm)
+    process.ask = worker.reply
+    run.run_in_turn(case, {"ours": process}, tmp_path, 1, "cpu")
+    assert arm.released == 1
+    assert worker.work is None
+
+
+def test_what_is_approximate_is_an_arm_whose_distance_is_shown(monkeypatch, tmp_path):
+    def unguided(model, positive, negative, sigmas):
+        return plain(model, positive)
+
+    monkeypatch.setitem(arms.APPROXIMATIONS, "unguided", unguided)
+    assert run.arms_here(run.Options())["ours-unguided"] == {
+        "kind": "ours",
+        "approximation": "unguided",
+        "device": "cpu",
+        "threads": None,
+    }
+    case = Case("sample", "sample", SIZE, pixels=64, text=5, batch=1, steps=2)
+    assert run.takes_part("ours-unguided", case)
+    assert not run.takes_part("ours-unguided", FORWARD)
+    approximate = {
+        "ours-unguided": arms.make_arm({"kind": "ours", "approximation": "unguided"}, CPU)
+    }
+    outcome = run.run_case(case, workers(**approximate), tmp_path, rounds=1)
+    assert not outcome.failed
+    assert outcome.arms["ours-unguided"].difference > 0.1
+    nan = {"ours-unguided": Changed(lambda out: out * float("nan"))}
+    assert run.run_case(case, workers(**nan), tmp_path, rounds=1).failed
+
+
+def test_compiled_blocks_are_an_arm(tmp_path):
+    pytest.importorskip("diffusers")
+    case = Case("sample", "sample", SIZE, pixels=64, text=5, batch=1, steps=2)
+    compiled = {
+        "ours-compile": arms.Ours(CPU, way="compile", backend="eager"),
+        "diffusers-compile": arms.Diffusers(CPU, backend="eager"),
+    }
+    outcome = run.run_case(case, workers(**compiled), tmp_path, rounds=2)
+    assert not outcome.left_out
+    assert not outcome.wrong
+
+
+def test_a_part_of_the_memory_is_for_arms_that_carry_their_weights():
+    (capped,) = (case for case in cases.gpu_cases() if case.memory_gb)
+    assert run.Outcome(capped).ours == run.IN_COMFYUI
+    assert "in 12 GB" in capped.title
+
+
+def test_an_arm_that_gives_no_answer_is_given_up(monkeypatch, tmp_path):
+    monkeypatch.setattr(run, "NO_ANSWER", 0.0)
+    worker = run.WorkerProcess({"kind": "ours", "device": "cpu", "threads": 1})
+    try:
+        assert worker.ask({"do": "run"}) == {"error": "gave no answer in 0 s"}
+        assert worker.ask({"do": "run"}) == {"error": "gave no answer in 0 s"}
+    finally:
+        worker.close()
+
+
+def test_when_the_time_is_over_arms_are_left_out(tmp_path):
+    deadline = run.Deadline(0.0)
+    assert deadline.left <= 0
+    assert run.Deadline().left == run.NO_ANSWER
+
+
+@pytest.mark.long
+def test_the_gpu_plan_runs_on_any_device_when_tiny(tmp_path, capsys):
+    """Every arm of the plan but the CUDA graph, each in its process; 2 minutes of CPU time."""
+    path = tmp_path / "plan.json"
+    arguments = ["--gpu-plan", "--quick", "--rounds", "1", "--threads", "1", "--json", str(path)]
+    main(["bench", *arguments])  # its status also tells of times, which mean nothing here
+    written = json.loads(path.read_text())
+    assert written["ceilings"][floor.MATMUL] > 0
+    assert [case["name"] for case in written["cases"]] == [c.name for c in cases.gpu_cases()]
+    for case in written["cases"]:
+        assert case["equal"], case["name"]
+        assert not case["left_out"], case["name"]
+        assert case["floor"] > 0
+        assert all(len(arm["seconds"]) == 1 for arm in case["arms"].values())
 
 
 def test_the_gpu_plan_needs_a_gpu(capsys):

@@ -1,60 +1,80 @@
-"""How each implementation does the work of a case, through its own public ways.
+"""How our implementation does the work of a case, and the arm that a worker is started for.
 
-An arm lives in a process of its own (see worker.py).  The others are imported by name, and only
-there, from where the user has them: nothing of this package depends on them.
+An arm lives in a process of its own (see worker.py).
 """
 
 import json
-import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from functools import partial
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.header import read_header
 from ..checkpoints.load import load_mmdit, load_vae, nothing
-from ..checkpoints.tensors import map_tensors
 from ..conditioning import Conditioning
 from ..guidance import classifier_free
+from ..models.attention import attention
 from ..models.mmdit import MMDiT, MMDiTConfig
 from ..models.onednn import Ops
-from ..models.vae import VAEConfig, to_model_space
-from ..samplers import euler
+from ..samplers import Velocity, euler
 from ..schedule import Schedule
-from ..speed import stripes
+from ..speed import launch, stripes
+from ..speed.attention import measured_attention
 from ..speed.modulation import ModulationTable, PreparedMMDiT, is_seldom_used, modulators
 from . import training
+from .arm import MMDIT_PREFIX, Arm, Inputs, Work, conditions, stored
 from .cases import CFG, Case, cut_blocks
+from .others import ComfyUI, Diffusers, OursInComfyUI, Reference
 
-Inputs = Mapping[str, Tensor]
-Work = Callable[[Inputs], Tensor]
-
-MMDIT_PREFIX = "model.diffusion_model."
-VAE_PREFIX = "first_stage_model."
+COMMON = ("kind", "device", "threads", "memory_gb")  # of every worker's options
 
 
-class Arm(Protocol):
-    """One implementation on one device."""
+class Approximation(Protocol):
+    """What makes sampling quicker and the picture another one: each is an arm of its own."""
 
-    def load(self, case: Case, file: Path) -> Mapping[str, Tensor]:
-        """The file's denoiser, its weights as stored; returns them under any names."""
+    def __call__(
+        self,
+        model: MMDiT,
+        positive: Conditioning,
+        negative: Conditioning,
+        sigmas: Tensor,
+    ) -> Velocity:
+        """The guided velocity of a run, in the place of `classifier_free(..., CFG)`."""
         ...
 
-    def prepare(self, case: Case, file: Path) -> Work:
-        """The work of a case, ready to be run on its inputs."""
-        ...
+
+# Name -> approximation; "cache" becomes the arm ours-cache, whose distance is shown, not judged.
+APPROXIMATIONS: dict[str, Approximation] = {}
+
+
+def exactly(
+    model: MMDiT, positive: Conditioning, negative: Conditioning, sigmas: Tensor
+) -> Velocity:
+    return classifier_free(model, positive, negative, CFG)
 
 
 class Ours:
-    """plain: without the modulation table."""
+    """plain: without the modulation table.  way: of starting the blocks, see speed/launch.py.
 
-    def __init__(self, device: torch.device, plain: bool = False):
-        self.device, self.plain = device, plain
+    backend: of torch.compile.  approximation: a name in APPROXIMATIONS.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        plain: bool = False,
+        way: str = "plain",
+        backend: str = "inductor",
+        approximation: str = "",
+    ):
+        self.device, self.plain, self.way, self.backend = device, plain, way, backend
+        self.guided = APPROXIMATIONS[approximation] if approximation else exactly
+        self.started: PreparedMMDiT | None = None
+
+    def release(self) -> None:
+        self.started = None
 
     def load(self, case: Case, file: Path) -> Mapping[str, Tensor]:
         return load_mmdit(file, device=self.device).state_dict()
@@ -65,6 +85,7 @@ class Ours:
             return lambda given: stripes.decode(vae, given["x"].to(getattr(torch, case.dtype)))
         if case.work == "train":
             return training.Ours(case, file, self.device)
+        self.started = None
         model = self._denoiser(case, file)
         if case.work == "sample":
             return partial(self._sample, model, getattr(torch, case.dtype))
@@ -82,6 +103,7 @@ class Ours:
                 file,
                 dtype=getattr(torch, case.dtype),
                 device=self.device,
+                attention=attention if self.plain else measured_attention,
                 left=is_seldom_used if tabled else nothing,
             )
         assert isinstance(case.network, MMDiTConfig)
@@ -96,9 +118,17 @@ class Ours:
         if not self.plain:
             levels = Schedule.timestep(given["sigmas"][:-1])
             model = PreparedMMDiT(model, levels, self.device, dtype)
+            self._launch(model)
             positive, negative = model.prepare(positive), model.prepare(negative)
-        velocity = classifier_free(model, positive, negative, CFG)
+        velocity = self.guided(model, positive, negative, given["sigmas"])
         return euler(velocity, given["x"], given["sigmas"])
+
+    def _launch(self, network: PreparedMMDiT) -> None:
+        """What a run recorded or compiled serves the next one, as in a program that stays."""
+        if self.started is None:
+            launch.launch(network, self.way, self.device, self.backend)
+            self.started = network
+        network.joint_blocks, network.starter = self.started.joint_blocks, self.started.starter
 
     def _modulate(self, model: MMDiT, given: Inputs) -> Tensor:
         """Every adaLN's output for both prompts, step after step: [steps * 2, width]."""
@@ -115,265 +145,18 @@ class Ours:
         return torch.cat(steps)
 
 
-class Diffusers:
-    def __init__(self, device: torch.device):
-        self.diffusers: Any = import_module("diffusers")
-        self.diffusers.utils.logging.disable_progress_bar()
-        self.device = device
-
-    def load(self, case: Case, file: Path) -> Mapping[str, Tensor]:
-        return self._denoiser(file, getattr(torch, case.dtype)).state_dict()
-
-    def prepare(self, case: Case, file: Path) -> Work:
-        if case.work == "decode":
-            vae = self.diffusers.AutoencoderKL.from_single_file(
-                str(file), config=str(file.with_suffix(".config")), subfolder="vae"
-            )
-            vae = vae.to(self.device, getattr(torch, case.dtype)).eval()
-            return lambda given: vae.decode(given["x"].to(vae.dtype)).sample
-        model = self._denoiser(file, getattr(torch, case.dtype))
-        if case.work == "train":
-            return training.Diffusers(case, model)
-        if case.work == "sample":
-            return self._sampling(model)
-        return lambda given: model(
-            given["x"], given["context"], given["pooled"], given["timestep"], return_dict=False
-        )[0]
-
-    def _denoiser(self, file: Path, dtype: torch.dtype) -> Any:
-        model = self.diffusers.SD3Transformer2DModel.from_single_file(
-            str(file),
-            config=str(file.with_suffix(".config")),
-            subfolder="transformer",
-            torch_dtype=dtype,
-        )
-        return model.to(self.device).eval()
-
-    def _sampling(self, model: Any) -> Work:
-        encoders = ("text_encoder", "text_encoder_2", "text_encoder_3")
-        tokenizers = ("tokenizer", "tokenizer_2", "tokenizer_3")
-        pipeline = self.diffusers.StableDiffusion3Pipeline(
-            transformer=model,
-            scheduler=self.diffusers.FlowMatchEulerDiscreteScheduler(shift=1.0),
-            vae=None,
-            **dict.fromkeys((*encoders, *tokenizers)),
-        )
-        pipeline.set_progress_bar_config(disable=True)
-
-        def sample(given: Inputs) -> Tensor:
-            x = given["x"]
-            positive, negative = (part.to(x.device, model.dtype) for part in conditions(given))
-            batch = x.shape[0]
-            return pipeline(
-                height=x.shape[2] * 8,
-                width=x.shape[3] * 8,
-                sigmas=given["sigmas"][:-1].tolist(),
-                num_inference_steps=len(given["sigmas"]) - 1,
-                guidance_scale=CFG,
-                latents=x,
-                prompt_embeds=positive.repeat(batch).context,
-                pooled_prompt_embeds=positive.repeat(batch).pooled,
-                negative_prompt_embeds=negative.repeat(batch).context,
-                negative_pooled_prompt_embeds=negative.repeat(batch).pooled,
-                output_type="latent",
-                return_dict=False,
-            )[0]
-
-        return sample
-
-
-class ComfyUI:
-    """sdpa: with --use-pytorch-cross-attention, instead of the attention it takes by itself."""
-
-    def __init__(self, checkout: Path, device: torch.device, sdpa: bool):
-        sys.path.insert(0, str(checkout))
-        sys.argv = sys.argv[:1]
-        arguments = import_module("comfy.cli_args").args
-        arguments.cpu = device.type == "cpu"  # all of these before anything else of ComfyUI loads
-        arguments.use_pytorch_cross_attention = sdpa
-        self.comfy = {
-            name: import_module(f"comfy.{name}")
-            for name in ("model_management", "ops", "sample", "samplers", "sd", "utils")
-        }
-        self.device = device
-
-    def load(self, case: Case, file: Path) -> Mapping[str, Tensor]:
-        return self._patcher(file, getattr(torch, case.dtype)).model.diffusion_model.state_dict()
-
-    def prepare(self, case: Case, file: Path) -> Work:
-        if case.work == "decode":
-            state = self.comfy["utils"].load_torch_file(str(file))
-            prefixed = {key.removeprefix(VAE_PREFIX): value for key, value in state.items()}
-            dtype = getattr(torch, case.dtype)
-            vae = self.comfy["sd"].VAE(sd=prefixed, dtype=dtype)
-            self.comfy["model_management"].load_models_gpu([vae.patcher])
-            return lambda given: vae.first_stage_model.decode(given["x"].to(dtype))
-        if case.blocks:
-            return self._forward(self._cut(case, file))
-        patcher = self._patcher(file, getattr(torch, case.dtype))
-        if case.work == "train":
-            return training.ComfyUI(case, patcher)
-        if case.work == "sample":
-            return lambda given: self._sample(patcher, given)
-        return self._forward(patcher.model.diffusion_model)
-
-    def _patcher(self, file: Path, dtype: torch.dtype) -> Any:
-        patcher = self.comfy["sd"].load_diffusion_model(str(file), model_options={"dtype": dtype})
-        self.comfy["model_management"].load_models_gpu([patcher])
-        return patcher
-
-    def _cut(self, case: Case, file: Path) -> Any:
-        """A network of some blocks only: ComfyUI's loader takes their number from the width."""
-        assert isinstance(case.network, MMDiTConfig)
-        size = case.network
-        module = import_module("comfy.ldm.modules.diffusionmodules.mmdit")
-        model = module.OpenAISignatureMMDITWrapper(
-            input_size=None,
-            patch_size=size.patch_size,
-            in_channels=size.in_channels,
-            depth=size.depth,
-            num_blocks=case.blocks,
-            **reference_sizes(size),
-            dtype=torch.float32,
-            device=self.device,
-            operations=self.comfy["ops"].disable_weight_init,
-        )
-        model.load_state_dict(stored(file, MMDIT_PREFIX, self.device))
-        return model.eval()
-
-    def _forward(self, model: Any) -> Work:
-        return lambda given: model(
-            given["x"], given["timestep"], context=given["context"], y=given["pooled"]
-        )
-
-    def _sample(self, patcher: Any, given: Inputs) -> Tensor:
-        positive, negative = (
-            [[part.context, {"pooled_output": part.pooled}]] for part in conditions(given)
-        )
-        latents = self.comfy["sample"].sample_custom(
-            patcher,
-            given["x"],
-            CFG,
-            self.comfy["samplers"].sampler_object("euler"),
-            given["sigmas"],
-            positive,
-            negative,
-            torch.zeros_like(given["x"]),
-            disable_pbar=True,
-            seed=0,
-        )
-        return to_model_space(latents)
-
-
-class Reference:
-    """Stability's sd3.5 code."""
-
-    def __init__(self, folder: Path, device: torch.device):
-        sys.path.insert(0, str(folder))
-        self.mmditx = import_module("mmditx")
-        self.impls = import_module("sd3_impls")
-        self.device = device
-
-    def load(self, case: Case, file: Path) -> Mapping[str, Tensor]:
-        raise NotImplementedError("its loader is part of its command line")
-
-    def prepare(self, case: Case, file: Path) -> Work:
-        if case.work == "decode":
-            assert isinstance(case.network, VAEConfig)
-            narrow = case.network.channels[0]
-            decoder = self.impls.VAEDecoder(
-                ch=narrow,
-                ch_mult=tuple(width // narrow for width in case.network.channels),
-                num_res_blocks=case.network.blocks_per_level,
-                z_channels=case.network.latent_channels,
-            )
-            decoder.load_state_dict(stored(file, f"{VAE_PREFIX}decoder.", self.device))
-            decoder = decoder.to(self.device).eval()
-            return lambda given: decoder(given["x"])
-        if case.work == "train":
-            raise NotImplementedError("it has no trainer")
-        model = self._denoiser(case, file)
-        if case.work == "sample":
-            return lambda given: self._sample(model, given)
-        return lambda given: model(
-            given["x"], given["timestep"], y=given["pooled"], context=given["context"]
-        )
-
-    def _denoiser(self, case: Case, file: Path) -> Any:
-        assert isinstance(case.network, MMDiTConfig)
-        size = case.network
-        with torch.device("meta"):
-            model = self.mmditx.MMDiTX(
-                input_size=None,
-                patch_size=size.patch_size,
-                in_channels=size.in_channels,
-                depth=size.depth,
-                **reference_sizes(size),
-                dtype=torch.float32,
-            )
-        cut_blocks(model, case)
-        model.load_state_dict(stored(file, MMDIT_PREFIX, self.device), assign=True)
-        return model.eval()
-
-    def _sample(self, model: Any, given: Inputs) -> Tensor:
-        flow = self.impls.ModelSamplingDiscreteFlow(shift=1.0)
-
-        def denoised(x: Tensor, sigma: Tensor, c_crossattn: Tensor, y: Tensor) -> Tensor:
-            velocity = model(x, flow.timestep(sigma), context=c_crossattn, y=y)
-            return flow.calculate_denoised(sigma, velocity, x)
-
-        positive, negative = (
-            {"c_crossattn": part.context, "y": part.pooled}
-            for part in (condition.repeat(given["x"].shape[0]) for condition in conditions(given))
-        )
-        return self.impls.sample_euler(
-            self.impls.CFGDenoiser(SimpleNamespace(apply_model=denoised)),
-            given["x"],
-            given["sigmas"].to(self.device),
-            {"cond": positive, "uncond": negative, "cond_scale": CFG},
-        )
-
-
 def make_arm(options: Mapping[str, Any], device: torch.device) -> Arm:
     """The arm a worker is started for; options: see run.py's `arms_here`."""
+    own = {name: value for name, value in options.items() if name not in COMMON}
+    within = options.get("memory_gb", 0.0)
     kind = options["kind"]
     if kind == "ours":
-        return Ours(device, options.get("plain", False))
+        return Ours(device, **own)
     if kind == "diffusers":
-        return Diffusers(device)
-    if kind == "comfyui":
-        return ComfyUI(Path(options["folder"]), device, options["sdpa"])
+        return Diffusers(device, offload=bool(within), **own)
+    if kind in ("comfyui", "ours-in-comfyui"):
+        arm = ComfyUI if kind == "comfyui" else OursInComfyUI
+        return arm(Path(own.pop("folder")), device, memory_gb=within, **own)
     if kind == "reference":
-        return Reference(Path(options["folder"]), device)
+        return Reference(Path(own["folder"]), device)
     raise ValueError(f"no arm {json.dumps(dict(options))}")
-
-
-def conditions(given: Inputs) -> tuple[Conditioning, Conditioning]:
-    """The positive and the negative prompt, of batch 1."""
-    context, pooled = given["context"], given["pooled"]
-    return Conditioning(context[:1], pooled[:1]), Conditioning(context[1:], pooled[1:])
-
-
-def stored(file: Path, prefix: str, device: torch.device) -> dict[str, Tensor]:
-    """The tensors whose names begin so, without that beginning."""
-    header = read_header(file)
-    names = [name for name in header.tensors if name.startswith(prefix)]
-    return {
-        name.removeprefix(prefix): tensor.to(device)
-        for name, tensor in map_tensors(header, names).items()
-    }
-
-
-def reference_sizes(size: MMDiTConfig) -> dict[str, Any]:
-    """The sizes of a network as Stability's class and ComfyUI's descendant of it are told them."""
-    return {
-        "num_patches": size.pos_embed_max_size**2,
-        "pos_embed_max_size": size.pos_embed_max_size,
-        "adm_in_channels": size.pooled_dim,
-        "context_embedder_config": {
-            "target": "torch.nn.Linear",
-            "params": {"in_features": size.context_dim, "out_features": size.hidden_size},
-        },
-        "qk_norm": "rms" if size.qk_norm else None,
-        "x_block_self_attn_layers": list(size.dual_attention_layers),
-    }

@@ -36,6 +36,8 @@ class Case:
     """One thing that every arm does, on generated weights.
 
     study, at: a case may be one point of a study of growth, e.g. "resolution" at 1357 tokens.
+    memory_gb: what each arm may take of the device; 0: all of it.
+    arms: those that take part; empty: all that can.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Case:
     recompute: bool = False  # gradient checkpointing
     study: str = ""
     at: float = 0.0
+    memory_gb: float = 0.0
+    arms: tuple[str, ...] = ()
 
     @property
     def title(self) -> str:
@@ -68,7 +72,8 @@ class Case:
         tokens = (self.pixels // 16) ** 2
         what += f", {tokens} + {self.text} tokens, batch {self.batch}, {self.dtype}"
         if self.work == "sample":
-            return f"{self.steps} Euler steps with guidance, {what}"
+            within = f", in {self.memory_gb:g} GB" if self.memory_gb else ""
+            return f"{self.steps} Euler steps with guidance, {what}{within}"
         if self.work == "modulate":
             return f"all modulations of {self.steps} steps for 2 prompts, {what}"
         if self.work == "train":
@@ -87,6 +92,7 @@ def from_json(values: Mapping[str, Any]) -> Case:
     }
     network = VAEConfig(**sizes) if values["kind"] == "vae" else MMDiTConfig(**sizes)
     rest: dict[str, Any] = {k: v for k, v in values.items() if k not in ("kind", "network")}
+    rest["arms"] = tuple(rest["arms"])
     return Case(network=network, **rest)
 
 
@@ -184,15 +190,40 @@ def quick_cases(size: str) -> tuple[Case, ...]:
     )
 
 
-def gpu_cases() -> tuple[Case, ...]:
-    """The released sizes in bf16; smallest first, should the time run out."""
+def gpu_cases(tiny: bool = False) -> tuple[Case, ...]:
+    """The released sizes in bf16; what the claims rest on first, should the time run out.
+
+    tiny: the same plan on small networks and pictures, to try it on any device.
+    """
     step = Case("", "sample", MEDIUM, text=154, batch=1, steps=8, dtype="bfloat16")
-    return (
-        replace(step, name="medium-512", pixels=512),
-        replace(step, name="medium-1024", pixels=1024),
-        Case("decode-1024", "decode", VAEConfig(), pixels=1024, batch=1, dtype="bfloat16"),
-        replace(step, name="large-1024", network=LARGE, pixels=1024),
+    study = [
+        replace(step, name=f"medium-{side}", pixels=side, study="resolution", at=tokens)
+        for side in (1024, 512, 1440)
+        for tokens in [(side // 16) ** 2 + step.text]
+    ]
+    large = replace(step, name="large-1024", network=LARGE, pixels=1024)
+    decode = Case("decode-1024", "decode", VAEConfig(), pixels=1024, batch=1, dtype="bfloat16")
+    few = ("comfyui", "ours", "diffusers")
+    plan = (
+        study[0],
+        large,
+        study[1],
+        decode,
+        replace(large, name="large-1024-12gb", steps=4, memory_gb=12.0),
+        replace(study[2], arms=few),
     )
+    return tuple(made_tiny(case) for case in plan) if tiny else plan
+
+
+def made_tiny(case: Case) -> Case:
+    """A case of the same kind that takes a second."""
+    size = case.network
+    pixels = case.pixels // 256 * 16  # a multiple of 16, as diffusers wants it
+    if isinstance(size, MMDiTConfig):
+        small = replace(size, depth=2, pos_embed_max_size=16, context_dim=64, pooled_dim=32)
+        tokens = (pixels // 16) ** 2 + 7
+        case = replace(case, network=small, text=7, steps=2, at=tokens if case.study else 0.0)
+    return replace(case, pixels=pixels, dtype="float32")
 
 
 def choose(names: Sequence[str] = (), quick: bool = False, size: str = "100mb") -> list[Case]:
@@ -217,9 +248,10 @@ def stands_for(name: str, case: Case) -> bool:
 # --- weights and inputs -------------------------------------------------------------------------
 
 
-def write_weights(case: Case, folder: Path) -> Path:
+def write_weights(case: Case, folder: Path, device: str = "cpu") -> Path:
     """The case's network with random weights, in the released single-file layout, written once.
 
+    device: where they are drawn; billions take minutes on a CPU.
     Beside it `<name>.config` holds what diffusers calls the network's configuration.
     """
     file = folder / f"{weights_name(case)}.safetensors"
@@ -228,7 +260,8 @@ def write_weights(case: Case, folder: Path) -> Path:
     prefix = (
         "first_stage_model." if isinstance(case.network, VAEConfig) else ("model.diffusion_model.")
     )
-    save_file({prefix + name: weight for name, weight in random_weights(case).items()}, file)
+    weights = random_weights(case, device)
+    save_file({prefix + name: weight for name, weight in weights.items()}, file)
     for name, config in diffusers_configs(case).items():
         place = file.with_suffix(".config") / name
         place.mkdir(parents=True, exist_ok=True)
@@ -260,12 +293,12 @@ def cut_blocks(network: Any, case: Case) -> None:
         network.joint_blocks = nn.ModuleList(network.joint_blocks[index] for index in kept)
 
 
-def random_weights(case: Case) -> dict[str, Tensor]:
+def random_weights(case: Case, device: str = "cpu") -> dict[str, Tensor]:
     """Released name without prefix -> weight; scaled so that activations stay near one."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator(device).manual_seed(0)
     state = {}
     for name, tensor in empty_network(case).state_dict().items():
-        normal = torch.empty(tensor.shape).normal_(generator=draw)
+        normal = torch.empty(tensor.shape, device=device).normal_(generator=draw)
         if name == "pos_embed":
             side = round(tensor.shape[1] ** 0.5)
             normal = position_table(tensor.shape[2], side, base=64)
@@ -275,7 +308,7 @@ def random_weights(case: Case) -> dict[str, Tensor]:
             normal = 1 + 0.1 * normal
         else:
             normal *= 0.1
-        state[name] = normal.to(getattr(torch, case.dtype))
+        state[name] = normal.to("cpu", getattr(torch, case.dtype))
     return state
 
 

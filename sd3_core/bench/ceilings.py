@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from ..models.onednn import linear
+from .floor import MATMUL
 from .measure import timed
 
 ROUNDS, WARM = 10, 3
@@ -18,20 +20,23 @@ BACKENDS = {
 }
 
 
-def measure(device: torch.device, side: int = 8192, tokens: int = 4429) -> dict[str, float]:
-    """Name -> TFLOP/s of bf16 products, TB/s of a copy, TFLOP/s of attention by back end.
+def measure(
+    device: torch.device,
+    side: int = 8192,
+    tokens: int = 4429,
+    dtype: torch.dtype = torch.bfloat16,
+) -> dict[str, float]:
+    """Name -> TFLOP/s of products, TB/s of a copy, TFLOP/s of attention by back end.
 
     side: of the square matrices.  tokens: of attention with SD3 Medium's 24 heads, batch 2.
     A back end that does not run here is left out.
     """
-    matrix = torch.randn(side, side, device=device, dtype=torch.bfloat16)
+    matrix = torch.randn(side, side, device=device).to(dtype)
     found = {
-        "matmul TFLOP/s": 2 * side**3 / seconds(lambda: matrix @ matrix, device) / 1e12,
+        MATMUL: 2 * side**3 / seconds(lambda: linear(matrix, matrix, None), device) / 1e12,
         "copy TB/s": 2 * matrix.nbytes / seconds(matrix.clone, device) / 1e12,
     }
-    q, k, v = (
-        torch.randn(2, 24, tokens, 64, device=device, dtype=torch.bfloat16) for _ in range(3)
-    )
+    q, k, v = (torch.randn(2, 24, tokens, 64, device=device).to(dtype) for _ in range(3))
     for name, backend in BACKENDS.items():
         try:
             took = seconds(lambda backend=backend: attend(backend, q, k, v), device)
@@ -46,10 +51,18 @@ def attend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
 
+def of_cpu(side: int = 1024) -> dict[str, float]:
+    """Of all threads together: what a second of CPU time multiplies at most, in float32."""
+    cpu = torch.device("cpu")
+    matrix = torch.randn(side, side)
+    return {MATMUL: 2 * side**3 / seconds(lambda: linear(matrix, matrix, None), cpu) / 1e12}
+
+
+@torch.no_grad()
 def seconds(work: Callable[[], object], device: torch.device) -> float:
     """Median of one run; the device's own clock where it has one."""
     times = [timed(work, device) for _ in range(WARM + ROUNDS)][WARM:]
-    return median(time.gpu if time.gpu is not None else time.wall for time in times)
+    return median(time.gpu if time.gpu is not None else time.cpu for time in times)
 
 
 def lines(found: Mapping[str, float]) -> Iterator[str]:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -48,6 +49,25 @@ def timed(work: Callable[[], object], device: torch.device) -> Time:
         torch.cuda.synchronize(device)
     gpu = events[0].elapsed_time(events[1]) / 1000 if events else None
     return Time(time.process_time() - cpu, time.perf_counter() - wall, gpu)
+
+
+def traffic(work: Callable[[], object], device: torch.device) -> dict[str, int | None]:
+    """Of one run on a GPU: bytes that came from the host, and kernels that ran."""
+    if device.type != "cuda":
+        return {"moved": None, "kernels": None}
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        work()
+        torch.cuda.synchronize(device)
+    found: Any = profiler.profiler
+    events = list(found.kineto_results.events())
+    copies = [event for event in events if "HtoD" in event.name()]
+    known = all(hasattr(event, "nbytes") for event in copies)
+    return {
+        "moved": sum(event.nbytes() for event in copies) if known else None,
+        "kernels": sum(not event.name().startswith("Mem") for event in events),
+    }
 
 
 def memory() -> Memory:

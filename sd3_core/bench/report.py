@@ -9,8 +9,9 @@ from statistics import median
 from typing import Any
 
 from .cases import as_json, tolerance
-from .run import OURS, Measured, Outcome
+from .run import IN_COMFYUI, Measured, Outcome
 
+NATIVE = "comfyui"
 SLOWER = 1.05  # of ComfyUI's time: beyond it the bench fails
 
 
@@ -39,7 +40,7 @@ class Growth:
 
 
 def ratio(outcome: Outcome, arm: str) -> Ratio:
-    ours, theirs = outcome.arms[OURS].seconds, outcome.arms[arm].seconds
+    ours, theirs = outcome.arms[outcome.ours].seconds, outcome.arms[arm].seconds
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
     return Ratio(median(ratios), min(ratios), max(ratios))
 
@@ -48,10 +49,17 @@ def slower(outcome: Outcome) -> list[str]:
     """A sentence for each of ComfyUI's arms that takes clearly less time than ours."""
     if outcome.failed or outcome.case.work not in ("forward", "sample", "decode"):
         return []
-    found = {arm: ratio(outcome, arm).median for arm in outcome.arms if arm.startswith("comfyui")}
+    found = {
+        (outcome.ours, arm): ratio(outcome, arm).median
+        for arm in outcome.arms
+        if arm.startswith("comfyui")
+    }
+    if {IN_COMFYUI, NATIVE} <= outcome.arms.keys():  # on the same attention
+        ours, theirs = (outcome.arms[arm].seconds for arm in (IN_COMFYUI, NATIVE))
+        found[IN_COMFYUI, NATIVE] = median(a / b for a, b in zip(ours, theirs, strict=True))
     return [
-        f"{outcome.case.name}: ours takes {times:.2f} of {arm}'s time, more than {SLOWER:.2f}."
-        for arm, times in found.items()
+        f"{outcome.case.name}: {ours} takes {times:.2f} of {arm}'s time, more than {SLOWER:.2f}."
+        for (ours, arm), times in found.items()
         if times > SLOWER
     ]
 
@@ -61,14 +69,14 @@ def lines(outcome: Outcome) -> Iterator[str]:
     what = {"call": ": the call alone", "touched": ": the call, and every weight read once"}
     yield f"{outcome.case.name}: {outcome.case.title}{what.get(outcome.part, '')}"
     for arm, reason in outcome.left_out.items():
-        yield f"  {arm:<14}left out: {reason}"
+        yield f"  {arm:<17}left out: {reason}"
     if outcome.failed:
         yield from wrong_lines(outcome)
         return
     if len(outcome.arms) == 1:
         yield "  (nothing here to compare with)"
     for arm, measured in outcome.arms.items():
-        yield f"  {arm:<14}" + time_columns(outcome, arm, measured)
+        yield f"  {arm:<17}" + time_columns(outcome, arm, measured)
 
 
 def wrong_lines(outcome: Outcome) -> Iterator[str]:
@@ -76,7 +84,7 @@ def wrong_lines(outcome: Outcome) -> Iterator[str]:
     for arm in outcome.wrong:
         difference = outcome.arms[arm].difference
         found = "another shape" if difference is None else f"max |diff| {difference:.2g}"
-        yield f"  {arm:<14}WRONG: {found} from ours, {allowed:.2g} allowed; nothing was timed"
+        yield f"  {arm:<17}WRONG: {found} from ours, {allowed:.2g} allowed; nothing was timed"
 
 
 def time_columns(outcome: Outcome, arm: str, measured: Measured) -> str:
@@ -87,7 +95,12 @@ def time_columns(outcome: Outcome, arm: str, measured: Measured) -> str:
     if training:
         columns.append(f"{outcome.case.steps / median(measured.seconds):6.2f} steps/s")
         columns.append(f"trains {measured.trained or 0:,}")
-    if arm != OURS:
+    if outcome.case.work == "sample":
+        columns.append(f"{1000 * median(measured.seconds) / outcome.case.steps:8.1f} ms/step")
+    if outcome.floor:
+        columns.append(f"{100 * outcome.floor / median(measured.seconds):3.0f} % of floor")
+    columns += traffic_columns(measured, outcome.case.steps)
+    if arm != outcome.ours:
         compared = ratio(outcome, arm)
         columns.append(
             f"ours takes {compared.median:.2f} of it [{compared.lowest:.2f}-{compared.highest:.2f}]"
@@ -100,6 +113,12 @@ def time_columns(outcome: Outcome, arm: str, measured: Measured) -> str:
     return "  ".join(columns)
 
 
+def traffic_columns(measured: Measured, steps: int) -> list[str]:
+    moved, kernels = (measured.traffic.get(name) for name in ("moved", "kernels"))
+    columns = [] if moved is None else [f"{moved / steps / 1e6:6.0f} MB/step moved"]
+    return columns if kernels is None else [*columns, f"{kernels / steps:5.0f} kernels/step"]
+
+
 def legend(surroundings: Mapping[str, Any]) -> str:
     clock = "CPU time of all threads" if surroundings["device"] == "cpu" else "GPU time"
     held = (
@@ -109,7 +128,8 @@ def legend(surroundings: Mapping[str, Any]) -> str:
     )
     return (
         f"Columns: {clock}, median of {surroundings['rounds']} interleaved rounds; shortest wall "
-        f"time; most {held}; our time over theirs, median [range] of the rounds."
+        f"time; most {held}; floor: the multiplications alone at the speed of a plain product; "
+        "our time over theirs, median [range] of the rounds."
     )
 
 
@@ -145,14 +165,19 @@ def growth_lines(found: Sequence[Growth]) -> Iterator[str]:
         law = f"time grows with {one.study}^{one.exponent:.2f}"
         if one.study == "steps":
             law = f"{one.fixed:.3f} s and {one.each:.3f} s for each step"
-        yield f"  {one.arm:<14}{one.study}: {law}"
+        yield f"  {one.arm:<17}{one.study}: {law}"
 
 
-def as_json_report(surroundings: Mapping[str, Any], outcomes: Sequence[Outcome]) -> dict[str, Any]:
+def as_json_report(
+    surroundings: Mapping[str, Any],
+    outcomes: Sequence[Outcome],
+    ceilings: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """All of it, as JSON values.  Seconds and bytes; no seconds where an arm was wrong."""
     return {
         "format": 1,
         "surroundings": dict(surroundings),
+        "ceilings": dict(ceilings or {}),
         "cases": [case_json(outcome) for outcome in outcomes],
         "growth": [asdict(one) for one in growths(outcomes)],
     }
@@ -162,7 +187,7 @@ def case_json(outcome: Outcome) -> dict[str, Any]:
     arms: dict[str, Any] = {}
     for name, measured in outcome.arms.items():
         arms[name] = asdict(measured)
-        if measured.seconds and name != OURS:
+        if measured.seconds and name != outcome.ours:
             arms[name]["ours_over_this"] = asdict(ratio(outcome, name))
     return {
         "name": outcome.case.name,
@@ -170,6 +195,7 @@ def case_json(outcome: Outcome) -> dict[str, Any]:
         "case": as_json(outcome.case),
         "equal": not outcome.wrong,
         "largest_value": outcome.scale,
+        "floor": outcome.floor,
         "wrong": outcome.wrong,
         "left_out": outcome.left_out,
         "arms": arms,
@@ -200,7 +226,7 @@ def plot(path: Path, outcomes: Sequence[Outcome]) -> None:
 
 
 def plot_ratios(axes: Any, outcomes: Sequence[Outcome]) -> None:
-    arms = list(dict.fromkeys(a for outcome in outcomes for a in outcome.arms if a != OURS))
+    arms = list(dict.fromkeys(a for o in outcomes for a in o.arms if a != o.ours))
     height = 0.8 / max(len(arms), 1)
     for index, arm in enumerate(arms):
         found = [(row, outcome) for row, outcome in enumerate(outcomes) if arm in outcome.arms]

@@ -1,13 +1,17 @@
 """Run cases: prepare every arm, compare what they give, and only then let the clocks run."""
 
 import json
+import math
 import os
 import platform
+import queue
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -16,6 +20,8 @@ from typing import Any, Protocol
 import torch
 from safetensors.torch import load_file, save_file
 
+from ..models.fused import NO_TRITON
+from .arms import APPROXIMATIONS
 from .cases import (
     TOLERANCE,
     Case,
@@ -25,12 +31,17 @@ from .cases import (
     warm_up_case,
     write_weights,
 )
+from .floor import floor_seconds
 
 PACK = Path(__file__).resolve().parent.parent.parent
 OURS = "ours"
 PLAIN = "ours-plain"  # without the modulation table
+IN_COMFYUI = "ours-in-comfyui"  # our MODEL under ComfyUI's sampler
+# With a part of the device's memory: those that can carry a network larger than it.
+WITHIN = ("comfyui", IN_COMFYUI, "diffusers")
+NO_ANSWER = 300.0  # seconds after which an arm is given up
 # Stability's loader is a part of its command line; SDPA makes no difference to ComfyUI's.
-NO_LOADERS = ("reference", "comfyui-sdpa")
+NO_LOADERS = ("reference", "comfyui-sdpa", PLAIN, IN_COMFYUI)
 # Trainers whose loss, first adapters and draws are their own: it need only be finite.
 OWN_LOSS = ("comfyui", "comfyui-sdpa")
 
@@ -42,6 +53,10 @@ class Options:
     threads: int | None = None  # None: as torch decides
     rounds: int = 5
     load_rounds: int = 5  # each starts every arm anew
+    in_turn: bool = False  # one arm's network at a time on the device, instead of interleaved
+    compiled: str = ""  # torch.compile's backend for arms of their own; empty: no such arms
+    limit: float | None = None  # seconds for everything; what does not begin by then is left out
+    ceilings: Mapping[str, float] = field(default_factory=dict)  # of the device, see ceilings.py
 
 
 @dataclass
@@ -53,6 +68,8 @@ class Measured:
     wall: list[float] = field(default_factory=list)
     memory: dict[str, int | None] = field(default_factory=dict)
     trained: int | None = None  # parameters, where the case is a training
+    traffic: dict[str, int | None] = field(default_factory=dict)  # see measure.traffic
+    prepared: float = 0.0  # seconds of making ready: loading, recording, compiling, a first run
 
 
 @dataclass
@@ -65,10 +82,16 @@ class Outcome:
     arms: dict[str, Measured] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)  # arm -> why it could not
     wrong: list[str] = field(default_factory=list)
+    floor: float | None = None  # seconds, see floor.py
+
+    @property
+    def ours(self) -> str:
+        """The arm that the others are compared with."""
+        return IN_COMFYUI if self.case.memory_gb else OURS
 
     @property
     def failed(self) -> bool:
-        return bool(self.wrong) or OURS in self.left_out
+        return bool(self.wrong) or self.ours in self.left_out
 
 
 class Process(Protocol):
@@ -79,25 +102,42 @@ class Process(Protocol):
         ...
 
 
+class Deadline:
+    """The end of the time for all cases; None: there is none."""
+
+    def __init__(self, limit: float | None = None):
+        self.end = None if limit is None else time.monotonic() + limit
+
+    @property
+    def left(self) -> float:
+        """Seconds for one answer."""
+        return NO_ANSWER if self.end is None else min(NO_ANSWER, self.end - time.monotonic())
+
+
 class WorkerProcess:
     """One arm's worker.py, running."""
 
-    def __init__(self, options: Mapping[str, Any]):
+    def __init__(self, options: Mapping[str, Any], deadline: Deadline | None = None):
+        self.deadline = deadline or Deadline()
         # Open as long as the process: closed in close().
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115
         # Threads that wait in a spin loop would be billed for the time of others.
         quiet = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
         threads = {"OMP_NUM_THREADS": str(options["threads"])} if options["threads"] else {}
+        plain = {NO_TRITON: "1"} if options.get("memory_gb") else {}
         self.process = subprocess.Popen(
             [sys.executable, "-m", "sd3_core.bench.worker", json.dumps(dict(options))],
             cwd=PACK,
-            env={**os.environ, **quiet, **threads, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, **quiet, **threads, **plain, "HF_HUB_OFFLINE": "1"},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.log,
             encoding="utf-8",
         )
         self.greeting: dict[str, Any] | None = None
+        self.lines: queue.SimpleQueue[str] = queue.SimpleQueue()  # pipes have no timeout
+        self.reader = threading.Thread(target=self._read, daemon=True)
+        self.reader.start()
 
     def ask(self, request: Mapping[str, Any]) -> dict[str, Any]:
         """The answer to a request, or what ended the process."""
@@ -115,12 +155,28 @@ class WorkerProcess:
 
     def close(self) -> None:
         self.process.kill()
-        self.process.communicate()
+        self.process.wait()
+        self.reader.join(timeout=5)  # it sees the end of the pipe that it reads
+        for pipe in (self.process.stdin, self.process.stdout):
+            with suppress(OSError):  # what was still to be said to a process that is gone
+                if pipe is not None:
+                    pipe.close()
         self.log.close()
 
-    def _answer(self) -> dict[str, Any]:
+    def _read(self) -> None:
         assert self.process.stdout is not None
-        line = self.process.stdout.readline()
+        for line in self.process.stdout:
+            self.lines.put(line)
+        self.lines.put("")  # the process ended
+
+    def _answer(self) -> dict[str, Any]:
+        wait = max(0.0, self.deadline.left)
+        try:
+            line = self.lines.get(timeout=wait)
+        except queue.Empty:
+            self.process.kill()
+            self.greeting = {"error": f"gave no answer in {wait:.0f} s"}
+            return self.greeting
         return json.loads(line) if line else {"error": self._last_words()}
 
     def _last_words(self) -> str:
@@ -135,16 +191,27 @@ def arms_here(options: Options) -> dict[str, dict[str, Any]]:
 
     Raises ValueError when a folder that was named is not what it should be.
     """
-    arms: dict[str, dict[str, Any]] = {
-        OURS: {"kind": "ours"},
-        PLAIN: {"kind": "ours", "plain": True},
-    }
+    gpu, comfyui = options.device.startswith("cuda"), find_comfyui()
+    arms: dict[str, dict[str, Any]] = {}
+    if comfyui:
+        arms["comfyui"] = {"kind": "comfyui", "folder": str(comfyui)}
+        if not gpu:  # there it takes this attention by itself
+            arms["comfyui-sdpa"] = {"kind": "comfyui", "folder": str(comfyui), "sdpa": True}
+    arms[OURS] = {"kind": "ours"}
+    if gpu:
+        arms[f"{OURS}-graph"] = {"kind": "ours", "way": "graph"}
     if find_spec("diffusers"):
         arms["diffusers"] = {"kind": "diffusers"}
-    comfyui = find_comfyui()
+    arms[PLAIN] = {"kind": "ours", "plain": True}
     if comfyui:
-        arms["comfyui"] = {"kind": "comfyui", "folder": str(comfyui), "sdpa": False}
-        arms["comfyui-sdpa"] = {"kind": "comfyui", "folder": str(comfyui), "sdpa": True}
+        arms[IN_COMFYUI] = {"kind": IN_COMFYUI, "folder": str(comfyui)}
+    for name in APPROXIMATIONS:
+        arms[f"{OURS}-{name}"] = {"kind": "ours", "approximation": name}
+    if options.compiled:
+        compiled = {"backend": options.compiled}
+        arms[f"{OURS}-compile"] = {"kind": "ours", "way": "compile"} | compiled
+        if "diffusers" in arms:
+            arms["diffusers-compile"] = {"kind": "diffusers"} | compiled
     if options.reference:
         if not (options.reference / "mmditx.py").is_file():
             raise ValueError(
@@ -169,50 +236,56 @@ def find_comfyui() -> Path | None:
 
 def run_cases(cases: Sequence[Case], options: Options) -> Iterator[Outcome]:
     """Every case, one after the other.  Weights and inputs live in a temporary folder."""
-    arms = arms_here(options)
+    arms, deadline = arms_here(options), Deadline(options.limit)
+    ceilings = options.ceilings
     with tempfile.TemporaryDirectory(prefix="sd3-bench-") as folder, ExitStack() as stack:
         workers: dict[str, WorkerProcess] = {}
         for case in cases:
             if case.work == "load":
                 yield from run_load(case, arms, Path(folder), options.load_rounds)
                 continue
-            if not workers:
-                workers |= stack.enter_context(started(arms))
-            yield run_case(case, workers, Path(folder), options.rounds)
+            measured = run_in_turn if options.in_turn else run_case
+            if case.memory_gb:
+                within = {name: arms[name] for name in WITHIN if name in arms}
+                within = {n: arm | {"memory_gb": case.memory_gb} for n, arm in within.items()}
+                with started(within, deadline) as small:
+                    outcome = measured(case, small, Path(folder), options.rounds, options.device)
+            else:
+                if not workers:
+                    workers |= stack.enter_context(started(arms, deadline))
+                outcome = measured(case, workers, Path(folder), options.rounds, options.device)
+            outcome.floor = floor_seconds(case, ceilings)
+            yield outcome
 
 
 @contextmanager
-def started(arms: Mapping[str, Mapping[str, Any]]) -> Iterator[dict[str, WorkerProcess]]:
+def started(
+    arms: Mapping[str, Mapping[str, Any]], deadline: Deadline | None = None
+) -> Iterator[dict[str, WorkerProcess]]:
     """A worker for every arm."""
     workers = {}
     try:
         for name, arm in arms.items():
-            workers[name] = WorkerProcess(arm)
+            workers[name] = WorkerProcess(arm, deadline)
         yield workers
     finally:
         for worker in workers.values():
             worker.close()
 
 
-def run_case(case: Case, workers: Mapping[str, Process], folder: Path, rounds: int) -> Outcome:
+def run_case(
+    case: Case,
+    workers: Mapping[str, Process],
+    folder: Path,
+    rounds: int,
+    device: str = "cpu",
+) -> Outcome:
     """Prepare, compare, and time in turns: every round begins with another arm."""
     outcome = Outcome(case)
     workers = {name: worker for name, worker in workers.items() if takes_part(name, case)}
-    file, inputs = write_weights(case, folder), folder / "inputs.safetensors"
-    save_file(make_inputs(case), inputs)
+    given = write_case(case, folder, device)
     for name, worker in workers.items():
-        given = {
-            "case": as_json(case),
-            "file": str(file),
-            "inputs": str(inputs),
-            "output": str(folder / f"{name}.safetensors"),
-        }
-        answer = worker.ask({"do": "prepare", "with": given})
-        if "error" in answer:
-            outcome.left_out[name] = answer["error"]
-        else:
-            grown = {"grown": answer["grown"]}  # during the first run, with what it keeps
-            outcome.arms[name] = Measured(memory=grown, trained=answer["trained"])
+        prepare(outcome, name, worker, given, folder)
     compare(outcome, folder)
     if outcome.failed:
         return outcome
@@ -225,11 +298,68 @@ def run_case(case: Case, workers: Mapping[str, Process], folder: Path, rounds: i
     return outcome
 
 
+def run_in_turn(
+    case: Case, workers: Mapping[str, Process], folder: Path, rounds: int, device: str
+) -> Outcome:
+    """One arm after the other, each alone on the device; what is not equal loses its times."""
+    outcome = Outcome(case)
+    workers = {name: worker for name, worker in workers.items() if takes_part(name, case)}
+    given = write_case(case, folder, device)
+    for name, worker in workers.items():
+        prepare(outcome, name, worker, given, folder)
+        for _ in range(rounds):
+            if name in outcome.arms:
+                record(outcome, name, worker.ask({"do": "run"}))
+        if name in outcome.arms:
+            measured = outcome.arms[name]
+            measured.memory |= worker.ask({"do": "peak"}).get("memory", {})
+            measured.traffic = worker.ask({"do": "traffic"}).get("traffic", {})
+        worker.ask({"do": "release"})
+    compare(outcome, folder)
+    if outcome.failed:
+        for measured in outcome.arms.values():
+            measured.seconds, measured.wall = [], []
+    return outcome
+
+
+def write_case(case: Case, folder: Path, device: str) -> dict[str, Any]:
+    """What every arm is told of a case, its files written."""
+    file, inputs = write_weights(case, folder, device), folder / "inputs.safetensors"
+    if device.startswith("cuda"):
+        torch.cuda.empty_cache()  # the arms need it
+    save_file(make_inputs(case), inputs)
+    return {"case": as_json(case), "file": str(file), "inputs": str(inputs)}
+
+
+def prepare(
+    outcome: Outcome, name: str, worker: Process, given: Mapping[str, Any], folder: Path
+) -> None:
+    """Let an arm make ready and write its output; one that cannot is left out."""
+    output, began = folder / f"{name}.safetensors", time.monotonic()
+    answer = worker.ask({"do": "prepare", "with": {**given, "output": str(output)}})
+    if "error" in answer:
+        outcome.left_out[name] = answer["error"]
+        return
+    outcome.arms[name] = Measured(
+        memory={"grown": answer["grown"]},  # during the first run, with what it keeps
+        trained=answer["trained"],
+        prepared=time.monotonic() - began,
+    )
+
+
 def takes_part(arm: str, case: Case) -> bool:
-    """The table and our network without it meet where it matters; nobody else has one."""
+    """The variants of ours meet where they differ; nobody else has a table."""
+    if case.arms:
+        return arm in case.arms
     if arm == PLAIN:
         return case.work in ("sample", "modulate")
+    if arm == IN_COMFYUI or arm.startswith(f"{OURS}-") or arm.endswith("-compile"):
+        return case.work == "sample"
     return arm == OURS or case.work != "modulate"
+
+
+def is_approximate(arm: str) -> bool:
+    return arm.removeprefix(f"{OURS}-") in APPROXIMATIONS
 
 
 def turned(names: Sequence[str], index: int) -> list[str]:
@@ -239,11 +369,12 @@ def turned(names: Sequence[str], index: int) -> list[str]:
 
 
 def compare(outcome: Outcome, folder: Path) -> None:
-    """Every arm's output against ours."""
-    if OURS in outcome.left_out:
+    """Every arm's output against ours.  How far an approximation lies from it is shown only."""
+    if outcome.ours not in outcome.arms:
+        outcome.left_out.setdefault(outcome.ours, "it is not among the arms")
         return
     outputs = {name: load_file(folder / f"{name}.safetensors")["output"] for name in outcome.arms}
-    ours = outputs[OURS]
+    ours = outputs[outcome.ours]
     outcome.scale = float(ours.abs().max())
     allowed = tolerance(outcome.case) * outcome.scale
     for name, output in outputs.items():
@@ -256,7 +387,7 @@ def compare(outcome: Outcome, folder: Path) -> None:
             continue
         difference = float((output - ours).abs().max())
         outcome.arms[name].difference = difference
-        if not difference <= allowed:  # so that NaN is wrong too
+        if not difference <= (math.inf if is_approximate(name) else allowed):  # NaN is wrong too
             outcome.wrong.append(name)
 
 
@@ -286,9 +417,14 @@ def run_load(
     Every arm's weights must have the same sums as ours before a time is kept.
     """
     file = write_weights(case, folder)  # so that it is in the page cache
-    arms = {name: arm for name, arm in arms.items() if name not in (*NO_LOADERS, PLAIN)}
+    arms = {name: arm for name, arm in arms.items() if name not in NO_LOADERS and loads(name)}
     answers = [load_once(case, arms, folder, file, index) for index in range(rounds)]
     return [load_outcome(case, part, answers) for part in ("call", "touched")]
+
+
+def loads(arm: str) -> bool:
+    """Whether an arm's way of loading is its own."""
+    return arm == OURS or not (arm.startswith(f"{OURS}-") or arm.endswith("-compile"))
 
 
 def load_once(

@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from .arms import Arm, Inputs, Work, make_arm
+from .arm import Arm, Inputs, Work
+from .arms import make_arm
 from .cases import from_json
-from .measure import Time, give_back_memory, memory, peak, timed
+from .measure import Time, give_back_memory, memory, peak, timed, traffic
 
 PACK = Path(__file__).resolve().parent.parent.parent
 
@@ -30,6 +31,7 @@ def main() -> None:
     if options["threads"]:
         torch.set_num_threads(options["threads"])
     try:
+        keep_within(options.get("memory_gb", 0.0), torch.device(options["device"]))
         worker = Worker(make_arm(options, torch.device(options["device"])), options["device"])
     except Exception as error:  # an implementation may refuse in any way of its own
         answer(answers, {"error": f"{type(error).__name__}: {error}"})
@@ -37,6 +39,13 @@ def main() -> None:
     answer(answers, {"threads": torch.get_num_threads()})
     for line in sys.stdin:
         answer(answers, worker.reply(json.loads(line)))
+
+
+def keep_within(gigabytes: float, device: torch.device) -> None:
+    """This process takes no more of a GPU's memory; 0: as much as there is."""
+    if gigabytes and device.type == "cuda":
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, gigabytes * 1e9 / total), device)
 
 
 def private_stdout() -> TextIO:
@@ -88,6 +97,18 @@ class Worker:
 
     def peak(self) -> dict[str, Any]:
         return {"memory": asdict(peak(self._result, self.device))}
+
+    def traffic(self) -> dict[str, Any]:
+        return {"traffic": traffic(self._result, self.device)}
+
+    def release(self) -> dict[str, Any]:
+        """The case's network leaves the device; the next arm may need all of it."""
+        self.work = None
+        self.arm.release()
+        give_back_memory()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return {}
 
     def load(self, case: dict[str, Any], file: str) -> dict[str, Any]:
         """Load a file; then read every weight once, as a copy to another device would."""

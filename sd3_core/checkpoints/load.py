@@ -61,9 +61,10 @@ def load_vae(
     device: str | torch.device = "cpu",
     ops: Any = None,
     attention: Attention = attention,
+    left: Callable[[str], bool] = nothing,
 ) -> VAE:
     """The autoencoder; arguments as for load_mmdit."""
-    network = _load("vae", where, dtype, device, ops, attention)
+    network = _load("vae", where, dtype, device, ops, attention, left)
     assert isinstance(network, VAE)
     return network
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .attention import Attention, attention
+from .fused import gate_norm_modulate, joint_heads, norm_modulate
 from .onednn import linear_gelu
 
 HEAD_DIM = 64
@@ -112,10 +113,6 @@ class Tokens:
             torch.cat([part.c for part in parts]),
             parts[0].size,
         )
-
-
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return torch.addcmul(shift, x, 1 + scale)
 
 
 def sincos_grid(hidden: int, positions: Tensor) -> Tensor:
@@ -233,14 +230,10 @@ class StreamBlock(nn.Module):
         """c: [B, D].  Returns the chunks of adaLN, each [B, 1, D]."""
         return list(self.adaLN_modulation(c)[:, None].chunk(self.chunks, dim=-1))
 
-    def feed_forward(self, x: Tensor, mlp: Modulation) -> Tensor:
-        return torch.addcmul(x, mlp.gate, self.mlp(modulate(self.norm2(x), mlp.shift, mlp.scale)))
-
-
-def joint_attention(first: HeadedQKV, second: HeadedQKV, attend: Attention) -> Sequence[Tensor]:
-    """Attention over both streams' tokens.  Returns [B, L, D] for each stream."""
-    q, k, v = (torch.cat(pair, dim=1).transpose(1, 2) for pair in zip(first, second, strict=True))
-    return attend(q, k, v, None).split([first.q.shape[1], second.q.shape[1]], dim=1)
+    def feed_forward(self, x: Tensor, gate: Tensor, change: Tensor, mlp: Modulation) -> Tensor:
+        """The MLP and its residual on x + gate * change."""
+        x, entering = gate_norm_modulate(self.norm2, x, gate, change, (mlp.shift, mlp.scale))
+        return torch.addcmul(x, mlp.gate, self.mlp(entering))
 
 
 class JointBlock(nn.Module):
@@ -259,22 +252,24 @@ class JointBlock(nn.Module):
         """x: [B, Lx, D]; context: [B, Lc, D]; c: [B, D].  Returns x and context."""
         image, text = self.x_block, self.context_block
         image_mod, text_mod = image.modulation(c), text.modulation(c)
-        x_normed = image.norm1(x)
-        attended_context, attended_x = joint_attention(
-            text.attn.heads(modulate(text.norm1(context), *text_mod[:2])),
-            image.attn.heads(modulate(x_normed, *image_mod[:2])),
-            attend,
-        )
-        x = torch.addcmul(x, image_mod[2], image.attn.proj(attended_x))
+        pairs = [(image_mod[0], image_mod[1])]
         if image.attn2 is not None:
-            dual = Modulation(*image_mod[6:9])
-            q, k, v = image.attn2.heads(modulate(x_normed, dual.shift, dual.scale))
+            pairs.append((image_mod[6], image_mod[7]))
+        entering_x, *entering_dual = norm_modulate(image.norm1, x, *pairs)
+        (entering_context,) = norm_modulate(text.norm1, context, (text_mod[0], text_mod[1]))
+        q, k, v = joint_heads(text.attn, entering_context, image.attn, entering_x, HEAD_DIM)
+        lengths = [context.shape[1], x.shape[1]]
+        attended_context, attended_x = attend(q, k, v, None).split(lengths, dim=1)
+        gate, change = image_mod[2], image.attn.proj(attended_x)
+        if image.attn2 is not None:
+            x = torch.addcmul(x, gate, change)
+            q, k, v = image.attn2.heads(entering_dual[0])
             attended = attend(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None)
-            x = torch.addcmul(x, dual.gate, image.attn2.proj(attended))
-        x = image.feed_forward(x, Modulation(*image_mod[3:6]))
+            gate, change = image_mod[8], image.attn2.proj(attended)
+        x = image.feed_forward(x, gate, change, Modulation(*image_mod[3:6]))
         if text.attn.proj is not None:
-            context = torch.addcmul(context, text_mod[2], text.attn.proj(attended_context))
-            context = text.feed_forward(context, Modulation(*text_mod[3:6]))
+            change = text.attn.proj(attended_context)
+            context = text.feed_forward(context, text_mod[2], change, Modulation(*text_mod[3:6]))
         return x, context
 
 
@@ -288,7 +283,8 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c)[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        (entering,) = norm_modulate(self.norm_final, x, (shift, scale))
+        return self.linear(entering)
 
 
 class MMDiT(nn.Module):
@@ -343,8 +339,8 @@ class MMDiT(nn.Module):
         return Tokens(tokens, self.context_embedder(context), c, (height, width))
 
     def time_and_text(self, timestep: Tensor, pooled: Tensor, dtype: torch.dtype) -> Tensor:
-        """c [B, D], the input of every adaLN; arguments as in forward."""
-        frequencies = timestep_embedding(timestep).to(dtype)
+        """c [B, D], the input of every adaLN; as in forward, but the timestep on any device."""
+        frequencies = timestep_embedding(timestep).to(pooled.device, dtype, non_blocking=True)
         return self.t_embedder(frequencies) + self.y_embedder(pooled)
 
     def run_blocks(self, tokens: Tokens, blocks: Iterable[int]) -> Tokens:

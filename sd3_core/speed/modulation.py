@@ -11,7 +11,7 @@ next one, and weights that are streamed from their file never rest on the device
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 
 import torch
@@ -19,13 +19,15 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..conditioning import Conditioning
-from ..models.mmdit import MMDiT, timestep_embedding
+from ..models.mmdit import MMDiT, Tokens, timestep_embedding
 
 EMBEDDERS = ("t_embedder.", "y_embedder.")
 AT_ONCE = 64  # timesteps computed together; for two prompts SD3.5 Large's rows take 0.6 GB
 MOST_ROWS = 128  # kept when more are computed
 
 Call = Callable[[nn.Module, Tensor], Tensor]  # (layer, its input) -> its output
+# (how to run these blocks one by one, their tokens, the blocks) -> the tokens behind them
+Starter = Callable[[Callable[[Tokens, tuple[int, ...]], Tokens], Tokens, tuple[int, ...]], Tokens]
 Row = tuple[float, int]  # timestep, number of the prompt
 
 
@@ -49,6 +51,8 @@ def modulators(model: nn.Module) -> Iterator[tuple[str, nn.Sequential]]:
 
 def called(layer: nn.Module, x: Tensor) -> Tensor:
     """layer(x), its weights in the device and dtype of x for this call alone; hooks act too."""
+    if all((p.device, p.dtype) == (x.device, x.dtype) for p in layer.parameters()):
+        return layer(x)
     weights = {name: weight.to(x.device, x.dtype) for name, weight in layer.named_parameters()}
     scales = {name: scale.to(x.device) for name, scale in layer.named_buffers()}
     return functional_call(layer, weights | scales, (x,))
@@ -76,8 +80,9 @@ class ModulationTable:
     ):
         self.model, self.timesteps = model, timesteps
         self.exact, self.call = exact, call
-        self.columns = columns_of(model)
-        width = max(columns.stop for columns in self.columns.values())
+        self.layers = dict(modulators(model))
+        self.columns = columns_of(self.layers)
+        width = width_of(self.columns)
         self.values = torch.empty(0, width, device=device, dtype=dtype)
         self.pooled = torch.empty(0, model.config.pooled_dim, device=device, dtype=dtype)
         self.rows: dict[Row, int] = {}
@@ -97,15 +102,23 @@ class ModulationTable:
     @torch.no_grad()
     def look_up(self, batch: Sequence[Row], dtype: torch.dtype) -> Tensor:
         """The rows of a batch, [B, width]; the first that is missing brings those that follow."""
-        for timestep in dict.fromkeys(timestep for timestep, _ in batch):
+        for timestep, prompt in batch:
+            if (timestep, prompt) in self.rows:
+                continue
             if timestep not in self.timesteps:
                 return self._compute([batch]).to(dtype)
             prompts = [prompt for at, prompt in batch if at == timestep]
-            if not all((timestep, prompt) in self.rows for prompt in prompts):
-                start = self.timesteps.index(timestep)
-                following = self.timesteps[start : start + AT_ONCE]
-                self._add([[(at, prompt) for prompt in prompts] for at in following])
-        return self.values[[self.rows[row] for row in batch]].to(dtype)
+            start = self.timesteps.index(timestep)
+            following = self.timesteps[start : start + AT_ONCE]
+            self._add([[(at, prompt) for prompt in prompts] for at in following])
+        return self._rows([self.rows[row] for row in batch]).to(dtype)
+
+    def _rows(self, places: Sequence[int]) -> Tensor:
+        """By slices: a list of indices would have to be carried to a GPU, and waited for."""
+        first, stop = places[0], places[-1] + 1
+        if list(range(first, stop)) == list(places):
+            return self.values[first:stop]
+        return torch.cat([self.values[place : place + 1] for place in places])
 
     def _add(self, batches: Sequence[Sequence[Row]]) -> None:
         if len(self.rows) > MOST_ROWS:
@@ -115,36 +128,57 @@ class ModulationTable:
             batches = [list(fresh)]
         computed = self._compute(batches)
         self.rows |= {row: len(self.values) + at for at, row in enumerate(chain(*batches))}
-        self.values = torch.cat([self.values, computed])
+        self.values = torch.cat([self.values, computed]) if len(self.values) else computed
 
     def _compute(self, batches: Sequence[Sequence[Row]]) -> Tensor:
         """The rows of these calls of the network, one after the other."""
         self.passes += 1
         inputs = [self._time_and_text(batch) for batch in batches]
         rows = self.values.new_empty(sum(map(len, batches)), self.values.shape[1])
-        for path, layer in modulators(self.model):
-            rows[:, self.columns[path]] = torch.cat([self.call(layer, c) for c in inputs])
+        for path, layer in self.layers.items():
+            start = 0
+            for c in inputs:
+                rows[start : start + len(c), self.columns[path]] = self.call(layer, c)
+                start += len(c)
         return rows
 
     def _time_and_text(self, batch: Sequence[Row]) -> Tensor:
-        """c [B, D], as MMDiT.time_and_text."""
-        timesteps = torch.tensor([timestep for timestep, _ in batch], device=self.values.device)
-        pooled = self.pooled[[prompt for _, prompt in batch]]
-        frequencies = timestep_embedding(timesteps).to(self.values)
+        """c [B, D], as MMDiT.time_and_text; unless it is to be exact, each vector is embedded once.
+
+        28 timesteps of two prompts would otherwise embed each pooled vector 28 times.
+        """
+        every = list(range(len(batch)))
+        timesteps, prompts = [timestep for timestep, _ in batch], [prompt for _, prompt in batch]
+        of_time, of_text = (
+            (every, every) if self.exact else (numbered(timesteps), numbered(prompts))
+        )
+        if not self.exact:
+            timesteps, prompts = list(dict.fromkeys(timesteps)), list(dict.fromkeys(prompts))
+        frequencies = timestep_embedding(torch.tensor(timesteps)).to(self.values)
         t = self.call(self.model.t_embedder, frequencies)
-        return t + self.call(self.model.y_embedder, pooled)
+        y = self.call(self.model.y_embedder, self.pooled[prompts])
+        return t[of_time] + y[of_text]
+
+
+def numbered(values: Sequence[Hashable]) -> list[int]:
+    """Equal values have equal numbers, 0 ... in the order in which they come."""
+    numbers = {value: number for number, value in enumerate(dict.fromkeys(values))}
+    return [numbers[value] for value in values]
 
 
 def bytes_of(model: MMDiT, dtype: torch.dtype, rows: int) -> int:
     """What a table of so many rows takes."""
-    width = max(columns.stop for columns in columns_of(model).values())
-    return rows * width * dtype.itemsize
+    return rows * width_of(columns_of(dict(modulators(model)))) * dtype.itemsize
 
 
-def columns_of(model: nn.Module) -> dict[str, slice]:
+def width_of(columns: Mapping[str, slice]) -> int:
+    return max(column.stop for column in columns.values())
+
+
+def columns_of(layers: Mapping[str, nn.Module]) -> dict[str, slice]:
     """Where in a row each adaLN's output lies."""
     columns, start = {}, 0
-    for path, layer in modulators(model):
+    for path, layer in layers.items():
         stop = start + layer.get_parameter("1.weight").shape[0]
         columns[path] = slice(start, stop)
         start = stop
@@ -176,6 +210,12 @@ class TabledMMDiT(MMDiT):
         self.context_embedder: nn.Module = model.context_embedder
         self.joint_blocks, self.final_layer = looked_up(model, table.columns)
         self.positions: dict[tuple[int, int], Tensor] = {}
+        self.starter: Starter | None = None  # see launch.py
+
+    def run_blocks(self, tokens: Tokens, blocks: Iterable[int]) -> Tokens:
+        if self.starter is None:
+            return super().run_blocks(tokens, blocks)
+        return self.starter(super().run_blocks, tokens, tuple(blocks))
 
     def time_and_text(self, timestep: Tensor, pooled: Tensor, dtype: torch.dtype) -> Tensor:
         """Rows of the table, [B, width].  pooled: numbers [B, 1]."""

@@ -550,3 +550,17 @@ def test_a_diffusers_file_that_lacks_a_third_of_qkv_names_it(tmp_path):
     message = complaint(written)
     assert "missing (joint_blocks.1.x_block.attn.qkv.weight)" in message
     assert "transformer_blocks.1.attn.to_q.weight" in message
+
+
+@pytest.mark.parametrize("half", ["encoder", "decoder"])
+def test_half_of_a_vae_may_stay_in_the_file(tmp_path, half):
+    write_tiny_checkpoint(tmp_path / "v.safetensors", ("vae",), torch.float16)
+    vae = load_vae(
+        tmp_path / "v.safetensors",
+        dtype=torch.float32,
+        device="meta",
+        left=lambda name: not name.startswith(half),
+    )
+    for name, tensor in vae.state_dict().items():
+        wanted = ("meta", torch.float32) if name.startswith(half) else ("cpu", torch.float16)
+        assert (tensor.device.type, tensor.dtype) == wanted, name

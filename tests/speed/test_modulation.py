@@ -1,5 +1,6 @@
 """The modulation table against the network that computes its modulations anew in every step."""
 
+import copy
 from collections import Counter
 
 import pytest
@@ -131,6 +132,37 @@ def test_every_layer_is_called_once_in_a_run_and_never_for_a_known_prompt(sample
     assert set(calls.values()) == {1}
     drawn(fast, prompt("c"), prompt("b"), sampler)
     assert set(calls.values()) == {2}
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("guidance", GUIDANCE)
+def test_a_run_reads_nothing_off_its_device(model, sampler, guidance):
+    """A meta tensor has no values, so reading one raises; on a GPU it would wait for the device."""
+    there = copy.deepcopy(model).to("meta")
+    fast = PreparedMMDiT(there, Schedule.timestep(SIGMAS[:-1]), "meta", torch.float32)
+    fast.table.number = lambda pooled: [len(pooled)]  # this does read, once for each prompt
+    fast.table.pooled = torch.empty(2, CONFIG.pooled_dim, device="meta")
+    for network in (there, fast):
+        given = [prompt(name).to("meta", torch.float32) for name in "ab"]
+        if network is fast:
+            given = [fast.prepare(one) for one in given]
+        velocity = classifier_free(network, *given, **{"cfg": 4.5, **GUIDANCE[guidance]})
+        x0 = SAMPLERS[sampler](velocity, torch.empty(1, 16, 6, 8, device="meta"), SIGMAS)
+        assert x0.shape == (1, 16, 6, 8)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_each_timestep_and_prompt_is_embedded_once_unless_exact(exact):
+    model = with_recipe_weights(MMDiT, CONFIG, 7)
+    given, fast = {}, tabled(model, exact=exact)
+    for name in ("t_embedder", "y_embedder"):
+        model.get_submodule(name).register_forward_hook(
+            lambda module, inputs, output, name=name: given.setdefault(name, []).append(len(output))
+        )
+    drawn(fast, prompt("a"), prompt("b"))
+    alone = [2] * (len(SIGMAS) - 1)
+    wanted = (alone, alone) if exact else ([len(SIGMAS) - 1], [2])
+    assert (given["t_embedder"], given["y_embedder"]) == wanted
 
 
 def test_a_timestep_that_was_not_foretold_is_computed(model):

@@ -1,0 +1,178 @@
+"""The blocks' fast ways against their plain ones: equal, and nothing that is given is changed."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from build import recipe_tensor, with_recipe_weights
+from sd3_pack.sd3_core.models import fused
+from sd3_pack.sd3_core.models.mmdit import MMDiT, MMDiTConfig
+from sd3_pack.sd3_core.models.onednn import Ops
+from torch import nn
+from torch.testing import assert_close
+
+PACK = Path(__file__).parent.parent.parent
+CUDA = torch.device("cuda")
+CONFIG = MMDiTConfig(
+    depth=3,
+    context_dim=32,
+    pooled_dim=16,
+    pos_embed_max_size=8,
+    qk_norm=True,
+    dual_attention_layers=(0,),
+)
+CONFIGS = {"qk-norm, dual": CONFIG, "plain": MMDiTConfig(3, 2, 16, 32, 16, 8)}
+
+# Run with Triton's interpreter, which must be chosen before Triton is imported.
+INTERPRETED = """
+import sys
+sys.path.insert(0, ".")
+import torch
+from sd3_core.models import fused
+from sd3_core.models.mmdit import MMDiT, MMDiTConfig
+
+print(fused.largest_difference("cpu"))
+torch.manual_seed(0)
+plainly = fused.serves
+for dtype in (torch.float32, torch.bfloat16):
+    model = MMDiT(MMDiTConfig(3, 2, 16, 32, 16, 8, True, (0,))).requires_grad_(False)
+    for tensor in (*model.parameters(), model.pos_embed):
+        tensor.normal_(0.0, 0.2)
+    model = model.to(dtype)
+    shapes = ((2, 16, 6, 8), (2, 5, 32), (2, 16))
+    x, context, pooled = (torch.randn(shape).to(dtype) for shape in shapes)
+    outputs = []
+    for serves in (plainly, lambda norm, x: not isinstance(norm, torch.nn.Identity)):
+        fused.serves = serves
+        with torch.no_grad():
+            outputs.append(model(x, torch.full((2,), 500.0), context, pooled).float())
+    plain, fast = outputs
+    assert not torch.equal(plain, fast)
+    print(float((fast - plain).abs().max() / plain.abs().max()))
+"""
+
+
+def given(batch: int = 2):
+    shapes = {"x": (batch, 16, 6, 8), "context": (batch, 5, 32), "pooled": (batch, 16)}
+    made = {name: recipe_tensor(name, shape, 1) for name, shape in shapes.items()}
+    return made | {"timestep": torch.linspace(900, 300, batch)}
+
+
+def block_inputs(batch: int = 2):
+    shapes = ((batch, 12, 192), (batch, 5, 192), (batch, 192))
+    return [recipe_tensor(str(shape), shape, 2) for shape in shapes]
+
+
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("ops", [nn, Ops])
+def test_without_gradients_the_velocity_is_the_same(config, ops):
+    model = with_recipe_weights(MMDiT, config, 7, ops)
+    with torch.enable_grad():
+        plain = model(**given())
+    with torch.no_grad():
+        assert_close(model(**given()), plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_products_written_to_their_places_are_the_same(monkeypatch, config, batch):
+    model = with_recipe_weights(MMDiT, config, 7)
+    with torch.no_grad():
+        plain = model(**given(batch))
+        monkeypatch.setattr(fused, "writes_itself", lambda layer, x: True)
+        assert_close(model(**given(batch)), plain, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_block_changes_nothing_that_it_is_given(monkeypatch, mode):
+    monkeypatch.setattr(fused, "writes_itself", lambda layer, x: True)
+    model = with_recipe_weights(MMDiT, CONFIG, 7)
+    tensors = block_inputs()
+    kept = [tensor.clone() for tensor in tensors]
+    with mode():
+        for block in model.joint_blocks:
+            block(*tensors, model.attention)
+    assert all(torch.equal(a, b) for a, b in zip(tensors, kept, strict=True))
+
+
+def test_gradients_go_through_every_part():
+    model = with_recipe_weights(MMDiT, CONFIG, 7).requires_grad_(True)
+    model(**given()).square().sum().backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None]
+    assert not without
+
+
+@pytest.mark.parametrize("where", ["qkv", "norm1"])
+def test_a_hook_is_called(where):
+    model, seen = with_recipe_weights(MMDiT, CONFIG, 7), []
+    part = model.joint_blocks[1].x_block.get_submodule({"qkv": "attn.qkv"}.get(where, where))
+    part.register_forward_hook(lambda *_: seen.append(1))
+    with torch.no_grad():
+        model(**given())
+    assert seen == [1]
+    assert fused.hooked(part)
+
+
+def test_the_kernels_give_what_the_plain_ways_give():
+    pytest.importorskip("triton")
+    answer = subprocess.run(
+        [sys.executable, "-c", INTERPRETED],
+        cwd=PACK,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert answer.returncode == 0, answer.stderr
+    kernels, single, half = map(float, answer.stdout.split())
+    assert kernels < 1e-5
+    assert single < 1e-5
+    assert half < 0.05
+
+
+def test_only_plain_linear_layers_are_given_a_place():
+    x = torch.zeros(1, 2, 4)
+    assert not fused.writes_itself(nn.Linear(4, 4), x)  # on a CPU nothing is gained
+
+    class There:
+        device, dtype = CUDA, torch.float32
+
+    class Layer(nn.Linear):
+        pass
+
+    assert not fused.writes_itself(Layer(4, 4), There())
+
+
+def test_kernels_are_for_cuda_without_gradients_and_hooks(monkeypatch):
+    class There:
+        device, dtype = CUDA, torch.float32
+
+    monkeypatch.setattr(fused, "why_not", lambda device: "")
+    norm = nn.LayerNorm(4, elementwise_affine=False)
+    assert not fused.serves(norm, There())  # gradients are on
+    with torch.no_grad():
+        assert fused.serves(norm, There())
+        assert fused.serves(nn.RMSNorm(64, eps=1e-6), There())
+        assert not fused.serves(nn.RMSNorm(64, eps=1e-6, dtype=torch.bfloat16), There())
+        assert not fused.serves(nn.LayerNorm(4), There())  # it has weights
+        assert not fused.serves(nn.Identity(), There())
+        norm.register_forward_hook(lambda *_: None)
+        assert not fused.serves(norm, There())
+
+
+def test_why_the_kernels_do_not_run_is_said(monkeypatch):
+    why_not = fused.why_not.__wrapped__
+    assert why_not(torch.device("cpu")) == "they are for CUDA"
+    monkeypatch.setattr(fused, "find_spec", lambda name: None)
+    assert why_not(CUDA) == "Triton is not installed"
+    monkeypatch.setattr(fused, "find_spec", lambda name: name)
+    monkeypatch.setattr(fused, "largest_difference", lambda device: 0.5)
+    assert why_not(CUDA) == "they differ from the plain way by 0.5 here"
+    monkeypatch.setattr(fused, "largest_difference", lambda device: 1 / 0)
+    assert why_not(CUDA) == "Triton fails here (ZeroDivisionError: division by zero)"
+    monkeypatch.setattr(fused, "largest_difference", lambda device: 1e-6)
+    assert why_not(CUDA) == ""
+    monkeypatch.setenv(fused.NO_TRITON, "1")
+    assert why_not(CUDA) == f"{fused.NO_TRITON} is set"
