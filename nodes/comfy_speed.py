@@ -178,13 +178,12 @@ def gains_of(run: Run, patcher: Any) -> tuple[Gain, ...]:
     pages = bool(getattr(patcher, "is_dynamic", bool)())
     leave = "its weights are paged out" if pages else "its weights are the first to make room"
     guided = f"cfg in {run.guided} of {run.evaluations} evaluations"
-    cached = Gain(
-        "step cache", run.cache is not None, run.cache.sentence() if run.cache else HOOKED
-    )
+    idle = NOT_ASKED if not wanted.step_cache else HOOKED if run.hooked else "no step was taken"
+    left_out = run.cache.sentence() if run.cache else idle
     return (
         Gain("modulation table", not why, why or leave),
         asked("guidance interval", (wanted.cfg_start, wanted.cfg_end) != (0.0, 1.0), guided),
-        cached if wanted.step_cache else Gain("step cache", False, NOT_ASKED),
+        Gain("step cache", run.cache is not None, left_out),
         Gain("fp8", run.in_float8 > 0, "" if run.in_float8 else why if wanted.fp8 else NOT_ASKED),
     )
 
