@@ -12,7 +12,7 @@ from .loaders import SD3LoadCheckpoint, SD3LoadMMDiT, SD3LoadTextEncoders, SD3Lo
 from .lora import SD3LoadLoRA
 from .pick import SD3Pick
 from .sampling import SD3Sample, SD3ShiftSchedule
-from .speed import SD3MemoryPlan
+from .speed import SD3MemoryPlan, SD3Speed
 from .sweep import SD3Sweep
 from .text import SD3EncodePrompt
 from .training import SD3SaveLoRA, SD3TimestepDensity, SD3TrainDPO, SD3TrainLoRA
@@ -31,6 +31,7 @@ NODES: list[Any] = [
     SD3VAEEncode,
     SD3Sweep,
     SD3MemoryPlan,
+    SD3Speed,
 ]
 # Those that train or write files, and what serves them alone: left out where that is forbidden.
 TRAINING_NODES: list[Any] = [

@@ -33,13 +33,22 @@ def advanced(inputs: Sequence[Any]) -> list[Any]:
     return list(inputs)
 
 
-def make_patcher(model: nn.Module, load_device: Any, offload_device: Any, plain: bool) -> Any:
-    """A ModelPatcher; with dynamic VRAM (0.16 and later) that kind, unless `plain` is asked for."""
+def make_patcher(
+    model: nn.Module,
+    load_device: Any,
+    offload_device: Any,
+    plain: bool,
+    static: Any = comfy.model_patcher.ModelPatcher,
+) -> Any:
+    """A ModelPatcher; with dynamic VRAM (0.16 and later) that kind, unless `plain` is asked for.
+
+    static: the class where it is not that kind, as on every CPU.
+    """
     own = comfy.model_patcher.ModelPatcher
     dynamic = getattr(comfy.model_patcher, "CoreModelPatcher", own)
-    return (own if plain else dynamic)(
-        model, load_device=load_device, offload_device=offload_device
-    )
+    on_cpu = comfy.model_management.is_device_cpu(load_device)
+    chosen = static if plain or on_cpu or dynamic is own else dynamic
+    return chosen(model, load_device=load_device, offload_device=offload_device)
 
 
 def archive_dtypes(model: nn.Module) -> None:

@@ -32,7 +32,8 @@ from ..sd3_core.models.vae import VAE, VAEConfig
 from ..sd3_core.settings import model_preset
 from ..sd3_core.speed import stripes
 from ._compat import archive_dtypes, make_patcher, quantised_layers
-from .comfy_table import WEIGHTS, Tabled, forget_table, weights_in_force, with_table
+from .comfy_speed import RUN, watch_runs
+from .comfy_table import WEIGHTS, Tabled, TabledPatcher, forget_table, weights_in_force, with_table
 
 WEIGHT_DTYPES = {
     "bf16": torch.bfloat16,
@@ -190,7 +191,7 @@ class ComfyMMDiT(MMDiT):
         found = with_table(self, self.tabled, x, y, options)
         if found is not None:
             self.tabled, pooled = found
-            network = self.tabled.network
+            network = self.tabled.network_of(options.get(RUN))
         tokens = network.embed(x, timesteps, context, pooled)
         return network.unembed(run_patched(network, tokens, control or {}, options))
 
@@ -286,8 +287,9 @@ def make_model(component: Component, weight_dtype: str = AUTO, plain: bool = Fal
     assign_weights(model.diffusion_model, read_weights(component, precision.weights, keep_scaled))
     model.diffusion_model.requires_grad_(False)
     archive_dtypes(model.diffusion_model)
-    patcher = make_patcher(model, load_device, offload_device, plain)
+    patcher = make_patcher(model, load_device, offload_device, plain, static=TabledPatcher)
     patcher.add_callback(comfy.patcher_extension.CallbacksMP.ON_DETACH, forget_table)
+    watch_runs(patcher)
     return patcher
 
 

@@ -6,14 +6,18 @@ run, the network computes its modulations in every step as before.
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+import comfy.model_patcher
+import comfy.ops
 import torch
 from torch import Tensor, nn
 
 from ..sd3_core.models.mmdit import MMDiT
 from ..sd3_core.schedule import Schedule
-from ..sd3_core.speed.modulation import ModulationTable, TabledMMDiT
+from ..sd3_core.speed.fp8 import in_float8
+from ..sd3_core.speed.modulation import ModulationTable, TabledMMDiT, is_tabled, with_parts
 
 WEIGHTS = "sd3_weights"  # in transformer_options: weights_in_force
 
@@ -45,6 +49,21 @@ class Tabled:
         self.sigmas: Tensor | None = None
         self.numbers: dict[Any, list[int]] = {}  # uuid -> its prompts in the table
         self.calls = 0  # of the network, so far
+        self.float8: nn.Module | None = None  # the network in float8, once that was asked for
+
+    def network_of(self, run: Any) -> MMDiT:
+        """The network to call in this run (comfy_speed.Run), which is told that it is called."""
+        network: Any = self.network
+        if run is None:
+            return network
+        run.tabled += 1
+        if not run.asked.fp8 or run.plain:
+            return network
+        run.in_float8 += 1
+        if self.float8 is None:
+            blocks = in_float8(network.joint_blocks, partial(weights_of, self.network.table.values))
+            self.float8 = with_parts(network, {"joint_blocks": blocks})
+        return self.float8  # pyright: ignore[reportReturnType]
 
     def begin(self, sigmas: Tensor) -> None:
         """A run over these noise levels, if it is another one."""
@@ -60,6 +79,11 @@ class Tabled:
                 self.numbers[uuid] = self.network.table.number(own)
             numbers += self.numbers[uuid]
         return torch.tensor(numbers)[:, None]
+
+
+def weights_of(like: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one of ComfyUI's layers, patches and all, on the device of `like`."""
+    return comfy.ops.cast_bias_weight(layer, like)[:2]
 
 
 def called_plainly(layer: nn.Module, x: Tensor) -> Tensor:
@@ -88,3 +112,26 @@ def forget_table(patcher: Any, leaves: bool = True) -> None:
     """When the model leaves the device; before each run it is detached only to be loaded again."""
     if leaves:
         patcher.model.diffusion_model.tabled = None
+
+
+class LoadList(list[Any]):
+    """ComfyUI's list of a model's layers, sorted largest first to load, smallest first to unload.
+
+    Here what a table stands in for is loaded last and unloaded first.
+    """
+
+    def sort(self, *, key: None = None, reverse: bool = False) -> None:  # pyright: ignore
+        super().sort(key=lambda entry: (not is_tabled(name_in(entry)), *entry), reverse=reverse)
+
+
+def name_in(entry: tuple[Any, ...]) -> str:
+    """The layer's name, from the network on; versions of ComfyUI put it in different places."""
+    name = next(item for item in entry if isinstance(item, str))
+    return name.removeprefix("diffusion_model.")
+
+
+class TabledPatcher(comfy.model_patcher.ModelPatcher):
+    """Without dynamic VRAM: when memory is short, the modulations' third leaves first."""
+
+    def _load_list(self, *arguments: Any, **named: Any) -> LoadList:
+        return LoadList(super()._load_list(*arguments, **named))

@@ -36,6 +36,7 @@ from ..sd3_core.schedule import (
     per_image,
 )
 from ._compat import advanced, fix_empty_latent, inference_dtype, intermediate_dtype, schema
+from .comfy_speed import last_run, watch_runs
 from .errors import coded
 from .progress import Callback, Meter, check_finite, step_reporter
 from .wires import (
@@ -358,6 +359,7 @@ class SD3Sample(io.ComfyNode):
             "files": origin_of(model).files,
             "loras": list(origin_of(model).loras),
             "notes": list(run.notes),
+            **speed_report(run.model),
             **meter.reading(),
         }
         return io.NodeOutput({**without_ratios(latent_image), "samples": x0}, ui=report(contents))
@@ -394,6 +396,14 @@ def sampler_input() -> Any:
         tooltip="How to walk: euler is plainest, dpmpp_2m needs fewer steps, heun calls the model "
         "twice a step.",
     )
+
+
+def speed_report(model: Any) -> dict[str, Any]:
+    """What of the speed acted in the run that is just done."""
+    told = last_run(model)
+    if told is None:
+        return {}
+    return {"speed": [asdict(gain) for gain in told.gains], "distance": told.distance}
 
 
 def skip_and_window_inputs() -> list[Any]:
@@ -463,6 +473,8 @@ def prepare(model: Any, sigmas: Tensor, sampler_name: str, guidance: Guidance) -
     if sampler_name not in SAMPLERS:
         raise ValueError(f"sampler_name is {sampler_name!r}; choose one of {', '.join(SAMPLERS)}.")
     shifted, shift, notes = with_shift_of(sigmas, model)
+    shifted = shifted.clone()
+    watch_runs(shifted)
     dtype = inference_dtype(model.model)
     return Run(
         model=shifted,

@@ -1,6 +1,7 @@
-"""What a MODEL holds in memory and what of it a run leaves out, in words."""
+"""What makes a MODEL faster on request; what it holds in memory and a run leaves out, in words."""
 
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import comfy.model_management
@@ -8,16 +9,107 @@ import comfy.utils
 from comfy_api.latest import io
 
 from ..sd3_core.models.vae import VAEConfig
-from ..sd3_core.speed import stripes
+from ..sd3_core.schedule import Schedule
+from ..sd3_core.speed import fp8, stripes
 from ..sd3_core.speed.modulation import bytes_of, is_tabled
-from ..sd3_core.speed.prompts import users_cache
+from ..sd3_core.speed.prompts import LOOKUPS, users_cache
+from ..sd3_core.speed.step_cache import check_threshold
 from ._compat import inference_dtype, schema
 from .comfy_model import ComfyMMDiT
-from .comfy_table import obstacle
+from .comfy_speed import FOREIGN, KEY, Speed, last_run, watch_runs
+from .comfy_table import Tabled, obstacle
 from .errors import coded
 from .wires import CATEGORY, LATENT_FACTOR, report, widths_of
 
 MIB = 2**20
+
+
+class SD3Speed(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> Any:
+        percent = {"min": 0.0, "max": 1.0, "step": 0.001, "optional": True}
+        return schema(
+            {
+                "node_id": "SD3Speed",
+                "display_name": "SD3 Speed",
+                "category": f"{CATEGORY}/speed",
+                "description": "Faster for a picture that is a little different: each of these is "
+                "off until you ask for it. Acts under KSampler as under SD3 Sample.",
+                "search_aliases": ["easycache", "teacache", "step cache", "fp8", "faster", "cfg"],
+                "inputs": [
+                    io.Model.Input("model", tooltip="The denoiser: ours or ComfyUI's SD3."),
+                    io.Float.Input(
+                        "step_cache",
+                        default=0.0,
+                        min=0.0,
+                        max=1.0,
+                        step=0.01,
+                        tooltip="Steps are left out while the velocity changes by less than this "
+                        "in all. 0 is off; 0.05 leaves out about a third.",
+                    ),
+                    io.Float.Input(
+                        "cfg_start_percent",
+                        default=0.0,
+                        tooltip="Part of the run after which cfg begins; before, the prompt counts "
+                        "alone, in half the time.",
+                        **percent,
+                    ),
+                    io.Float.Input(
+                        "cfg_end_percent",
+                        default=1.0,
+                        tooltip="Part of the run after which cfg ends.",
+                        **percent,
+                    ),
+                    io.Boolean.Input(
+                        "fp8",
+                        default=False,
+                        optional=True,
+                        tooltip="Multiply in float8, on a GPU that can and with a MODEL of our "
+                        "loaders; takes memory for a copy of the weights.",
+                    ),
+                    io.Boolean.Input(
+                        "measure",
+                        default=False,
+                        optional=True,
+                        tooltip="Sample without all this first, and tell how far the two latents "
+                        "lie apart. Takes the time of both.",
+                    ),
+                ],
+                "outputs": [io.Model.Output(tooltip="The same MODEL, to be sampled so.")],
+            }
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model: Any,
+        step_cache: float,
+        cfg_start_percent: float = 0.0,
+        cfg_end_percent: float = 1.0,
+        fp8: bool = False,
+        measure: bool = False,
+    ) -> io.NodeOutput:
+        widths_of(model)  # refuses other models
+        speed = Speed(step_cache, cfg_start_percent, cfg_end_percent, fp8, measure)
+        with coded("bad_setting"):
+            check_speed(model, speed)
+        model = model.clone()
+        model.model_options["transformer_options"][KEY] = speed
+        watch_runs(model)
+        return io.NodeOutput(model, ui=report(asdict(speed)))
+
+
+def check_speed(model: Any, speed: Speed) -> None:
+    """Raises ValueError for what cannot be."""
+    check_threshold(speed.step_cache)
+    Schedule().window(speed.cfg_start, speed.cfg_end)
+    if speed.fp8:
+        if not isinstance(model.model.diffusion_model, ComfyMMDiT):
+            raise ValueError(
+                f"fp8: {FOREIGN}. Load the model with SD3 Load MMDiT or SD3 Load Checkpoint, or "
+                "start ComfyUI with --fast fp8_matrix_mult on a file in fp8."
+            )
+        fp8.check(model.load_device)
 
 
 class SD3MemoryPlan(io.ComfyNode):
@@ -45,7 +137,12 @@ class SD3MemoryPlan(io.ComfyNode):
     def execute(cls, model: Any, steps: int, width: int, height: int) -> io.NodeOutput:
         widths_of(model)  # refuses other models
         with coded("bad_setting"):
-            plan = {**weights(model, steps), **prompts(), **decoding(width, height)}
+            plan = {
+                **weights(model, steps),
+                **prompts(),
+                **decoding(width, height),
+                **last(model),
+            }
         return io.NodeOutput("\n".join(lines(plan)), ui=report(plan))
 
     @classmethod
@@ -65,7 +162,9 @@ def weights(model: Any, steps: int) -> dict[str, Any]:
         "dtype": str(dtype).removeprefix("torch."),
         "device": str(model.load_device),
         "pages_weights": bool(getattr(model, "is_dynamic", bool)()),
-        "without_table": obstacle(model) if ours else "it was not loaded by SD3 Workbench",
+        "loaded_mib": mib(model.loaded_size()),
+        "float8_mib": mib(float8_bytes(tabled)),
+        "without_table": obstacle(model) if ours else FOREIGN,
         "table_mib": mib(bytes_of(network, dtype, 2 * steps)) if ours else None,
         "rows_held": len(tabled.network.table.rows) if tabled else 0,
         "calls": tabled.calls if tabled else 0,
@@ -73,9 +172,29 @@ def weights(model: Any, steps: int) -> dict[str, Any]:
     }
 
 
+def float8_bytes(tabled: Tabled | None) -> int:
+    """Of the layers' second copy, where SD3 Speed asked for one."""
+    if tabled is None or tabled.float8 is None:
+        return 0
+    layers = [layer for layer in tabled.float8.modules() if isinstance(layer, fp8.Float8Linear)]
+    return sum(tensor.nbytes for layer in layers for tensor in layer.state_dict().values())
+
+
 def prompts() -> dict[str, Any]:
     cache = users_cache()
-    return {"known_prompts": None if cache is None else len(cache)}
+    return {
+        "known_prompts": None if cache is None else len(cache),
+        "prompts_hit": LOOKUPS["hit"],
+        "prompts_missed": LOOKUPS["missed"],
+    }
+
+
+def last(model: Any) -> dict[str, Any]:
+    told = last_run(model)
+    return {
+        "last_run": told.sentence() if told else None,
+        "distance": told.distance if told else None,
+    }
 
 
 def decoding(width: int, height: int) -> dict[str, Any]:
@@ -100,11 +219,15 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
         f"MMDiT: {plan['weights_mib']} MiB of weights, computing in {plan['dtype']} on "
         f"{plan['device']}."
     )
+    yield f"{plan['loaded_mib']} MiB of them are on the device now."
+    if plan["float8_mib"]:
+        yield f"{plan['float8_mib']} MiB beside them: the large layers in float8."
     share = f"{plan['modulation_mib']} MiB of them make the modulations"
     if plan["without_table"]:
         yield f"{share}, anew in every step: {plan['without_table']}."
     else:
-        leaves = "ComfyUI pages them out" if plan["pages_weights"] else "they stay loaded"
+        pages = plan["pages_weights"]
+        leaves = "ComfyUI pages them out" if pages else "they are the first to make room"
         yield f"{share}, once before a run; then {leaves}."
         yield (
             f"Modulation table: {plan['table_mib']} MiB for this run's steps and two prompts; "
@@ -112,10 +235,16 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
             f"{plan['passes']} passes over these layers."
         )
     known = plan["known_prompts"]
-    yield "Prompt cache: off." if known is None else f"Prompt cache: {known} prompts on disk."
+    looked_up = f"{plan['prompts_hit']} found and {plan['prompts_missed']} missed so far"
+    yield (
+        "Prompt cache: off."
+        if known is None
+        else f"Prompt cache: {known} prompts on disk; {looked_up}."
+    )
     size = f"Decoding {plan['width']} x {plan['height']}"
     yield (
         f"{size}: whole."
         if plan["decode_mib"] is None
         else f"{size}: in stripes, about {plan['decode_mib']} MiB of work."
     )
+    yield f"Last run. {plan['last_run']}" if plan["last_run"] else "No run yet."

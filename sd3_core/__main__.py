@@ -120,6 +120,18 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--skip-layers", type=block_list, metavar="7,8,9")
     add("--skip-start", type=float)
     add("--skip-end", type=float)
+    add = command.add_argument_group(
+        "approximations", "faster, not the same picture; --cfg-end is another"
+    ).add_argument
+    add(
+        "--step-cache",
+        type=float,
+        default=0.0,
+        metavar="CHANGE",
+        help="leave steps out while the velocity changes less than this in all; try 0.05",
+    )
+    add("--fp8", action="store_true", help="multiply in float8; needs a GPU that can")
+    add("--measure", action="store_true", help="sample without them too, and tell the distance")
     add = command.add_argument_group("words").add_argument
     add("--no-clip-l", action="store_true", help="this encoder gives zeros")
     add("--no-clip-g", action="store_true")
@@ -262,6 +274,7 @@ def run_generate(options: argparse.Namespace) -> int:
     from .generate import generate
     from .pictures import save_png
     from .settings import Settings
+    from .speed.gains import sentence
     from .speed.prompts import users_cache
 
     settings = Settings(
@@ -292,11 +305,13 @@ def run_generate(options: argparse.Namespace) -> int:
         denoise=options.denoise,
         dtype=options.dtype,
         device=options.device,
+        step_cache=options.step_cache,
+        fp8=options.fp8,
     )
     outputs = output_files(options.output, options.batch)
     known = None if options.no_prompt_cache else users_cache()
     files = drawing_files(options)
-    result = generate(files, settings, progress(), known, options.launch)
+    result = generate(files, settings, progress(), known, options.launch, options.measure)
     outputs = [
         save_png(pixels, path, result.record | {"index": index})
         for index, (pixels, path) in enumerate(zip(result.pixels, outputs, strict=True))
@@ -305,6 +320,9 @@ def run_generate(options: argparse.Namespace) -> int:
         print(f"note: {note}")
     print("tokens: " + ", ".join(f"{name} {count}" for name, count in result.tokens.items()))
     print(f"seed: {settings.seed}")
+    print(sentence(result.gains))
+    if result.distance is not None:
+        print(f"distance: {result.distance:.4f} of the latents' size without approximations")
     for path in outputs:
         print(path)
     return 0

@@ -31,11 +31,14 @@ from .noise import noise, noise_per_image
 from .pictures import read_image, read_mask, to_levels, to_uint8
 from .precision import check_finite, dtype_name, processor_name
 from .samplers import SAMPLERS, OnStep, Step
-from .schedule import Schedule, add_noise
+from .schedule import ALWAYS, Schedule, add_noise
 from .settings import Files, Plan, Settings, chosen_paths, make_plan
 from .speed import launch, stripes
 from .speed.attention import measured_attention
+from .speed.fp8 import in_float8
+from .speed.gains import Gain, asked
 from .speed.modulation import PreparedMMDiT, is_seldom_used
+from .speed.step_cache import StepCache, cached, relative_rms
 from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
 from .text.vocabularies import find_tokenizers, pack_tokenizers
 
@@ -51,6 +54,8 @@ class Result:
     record: dict[str, Any]  # settings, files and surroundings, as stored in the PNG
     tokens: dict[str, int]  # how much of the prompt each encoder saw
     notes: tuple[str, ...]  # what a user may not expect, in sentences
+    gains: tuple[Gain, ...]  # what made the run faster or smaller, and what did not
+    distance: float | None = None  # of the latents from those of a run without approximations
 
 
 def generate(
@@ -59,12 +64,14 @@ def generate(
     on_step: OnStep | None = None,
     known: KnownPrompts | None = None,
     way: str = "plain",
+    measure: bool = False,
 ) -> Result:
     """Draw a batch of pictures.
 
     on_step is called after each sampling step; what it raises stops the run.  known: prompts
     encoded before, to look up and add to; see speed/prompts.py.  way: how the joint blocks are
-    started, see speed/launch.py.
+    started, see speed/launch.py.  measure: sample once more without what only approximates (step
+    cache, fp8, a part of the run without cfg), for the distance.
     Raises CheckpointError for files and ValueError for settings, both before any weight is read,
     and NumericalError when a stage overflows.
     """
@@ -75,14 +82,20 @@ def generate(
         record = make_record(files, plan)
         positive, negative = encode_prompts(files, plan, known)
         start = start_latents(plan)
-        x0 = sample(plan, positive, negative, start, on_step, way)
+        cache = step_cache(plan)
+        x0 = sample(plan, positive, negative, start, on_step, way, cache)
+        distance = None
+        if measure:
+            plain = sample(without_approximations(plan), positive, negative, start, on_step)
+            distance = relative_rms(x0, plain)
         pixels = keep_masked(to_uint8(decode(plan, x0)), plan)
     said = (str(warning.message) for warning in warned if warning.category is UserWarning)
     about_negative = (
         f"negative prompt: {note}" for note in negative.notes if note not in positive.notes
     )
     notes = dict.fromkeys((*said, *positive.notes, *about_negative))
-    return Result(pixels, record, positive.tokens, tuple(notes))
+    gains = gains_of(plan, cache, known)
+    return Result(pixels, record, positive.tokens, tuple(notes), gains, distance)
 
 
 def encode_prompts(
@@ -198,8 +211,12 @@ def sample(
     start: Tensor,
     on_step: OnStep | None = None,
     way: str = "plain",
+    cache: StepCache | None = None,
 ) -> Tensor:
-    """From noise to the clean latents, in model space; the MMDiT is gone when this returns."""
+    """From noise to the clean latents, in model space; the MMDiT is gone when this returns.
+
+    cache: see step_cache.
+    """
     model = load_mmdit(
         plan.parts["mmdit"],
         dtype=plan.dtype,
@@ -208,8 +225,10 @@ def sample(
         left=is_seldom_used,
     )
     model = with_loras(model, "mmdit", plan)
-    positive_prompt, negative_prompt = positive.conditioning, negative.conditioning
-    return sample_with(model, plan, positive_prompt, negative_prompt, start, on_step, way)
+    if plan.settings.fp8:
+        model.joint_blocks = in_float8(model.joint_blocks)
+    prompts = positive.conditioning, negative.conditioning
+    return sample_with(model, plan, *prompts, start, on_step, way, cache)
 
 
 def sample_with(
@@ -220,9 +239,10 @@ def sample_with(
     start: Tensor,
     on_step: OnStep | None = None,
     way: str = "plain",
+    cache: StepCache | None = None,
 ) -> Tensor:
-    """As `sample`, with a network that is loaded already."""
-    wanted, schedule = plan.settings, plan.schedule
+    """As `sample`, with a network that is loaded already, in the precision that it has."""
+    wanted = plan.settings
     model = PreparedMMDiT(model, Schedule.timestep(plan.sigmas[:-1]), plan.device, plan.dtype)
     launch.launch(model, way, plan.device)
     velocity = classifier_free(
@@ -230,9 +250,11 @@ def sample_with(
         model.prepare(positive.to(plan.device, plan.dtype)),
         model.prepare(negative.to(plan.device, plan.dtype)),
         plan.cfg,
-        window=schedule.window(wanted.cfg_start, wanted.cfg_end),
+        window=plan.cfg_window,
         skip=plan.skip,
     )
+    if cache is not None:
+        velocity = cached(velocity, cache)
     start_noise = starting_noise(plan).to(plan.device)
     if wanted.mask is not None:
         mask = latent_mask(read_mask(wanted.mask, plan.width, plan.height), start)
@@ -249,6 +271,43 @@ def half_of_vae(plan: Plan, half: str) -> VAE:
         dtype=plan.wide_dtype,
         device=plan.device,
         left=lambda name: not name.startswith(f"{half}."),
+    )
+
+
+def step_cache(plan: Plan) -> StepCache | None:
+    """For one run; None where none is asked for."""
+    if not plan.settings.step_cache:
+        return None
+    windows = [plan.cfg_window] + ([plan.skip.window] if plan.skip else [])
+    return StepCache(plan.settings.step_cache, windows)
+
+
+def without_approximations(plan: Plan) -> Plan:
+    """The same run with what is lossless alone."""
+    return replace(
+        plan,
+        settings=replace(plan.settings, step_cache=0.0, fp8=False),
+        cfg_window=ALWAYS,
+    )
+
+
+def gains_of(plan: Plan, cache: StepCache | None, known: KnownPrompts | None) -> tuple[Gain, ...]:
+    """What acted in a run that is done."""
+    guided = [float(sigma) in plan.cfg_window for sigma in plan.sigmas[:-1]]
+    encoders_changed = any(kind in lora.parts for lora, _ in plan.loras for kind in ENCODERS)
+    prompts = "off" if known is None else "a LoRA changes the encoders" if encoders_changed else ""
+    large = stripes.is_large(plan.vae, plan.latent_shape, plan.wide_dtype)
+    return (
+        Gain("modulation table", True),
+        Gain("prompt cache", prompts == "", prompts),
+        Gain("decoding in stripes", large, "" if large else "the picture is small"),
+        asked(
+            "guidance interval",
+            not all(guided),
+            f"cfg in {sum(guided)} of {len(guided)} steps",
+        ),
+        asked("step cache", cache is not None, cache.sentence() if cache else ""),
+        asked("fp8", plan.settings.fp8),
     )
 
 

@@ -21,7 +21,9 @@ from .pictures import check_readable
 from .precision import pick_device, pick_dtype, wide_dtype
 from .presets import Preset, preset_for
 from .samplers import SAMPLERS
-from .schedule import Schedule, auto_shift
+from .schedule import Schedule, Window, auto_shift
+from .speed import fp8
+from .speed.step_cache import check_threshold
 from .text.encoders import ENCODERS, check_weights, least_length
 from .text.prompt import parse_prompt
 
@@ -82,6 +84,8 @@ class Settings:
     denoise: float = 1.0  # part of the path that is walked, 0..1
     dtype: str = "auto"
     device: str = "auto"
+    step_cache: float = 0.0  # change of the velocity up to which the last one serves; 0: off
+    fp8: bool = False  # the image stream's products in float8
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ class Plan:
     loras: tuple[tuple[LoRAFile, float], ...]
     settings: Settings  # no None in what the presets decide
     mmdit: MMDiTConfig
+    vae: VAEConfig
     clip_window: int  # tokens per pass of the CLIPs
     width: int  # pixels
     height: int
@@ -100,6 +105,7 @@ class Plan:
     sigmas: torch.Tensor  # [steps + 1]
     sampler: str
     cfg: float
+    cfg_window: Window
     skip: SkipLayers | None
     device: torch.device
     dtype: torch.dtype  # of the MMDiT and the CLIPs
@@ -139,11 +145,14 @@ def make_plan(files: Files, settings: Settings) -> Plan:
     )
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
+    if settings.fp8:
+        fp8.check(device)
     return Plan(
         parts=parts,
         loras=loras,
         settings=settings,
         mmdit=mmdit,
+        vae=vae,
         clip_window=next(
             (sizes[kind].window for kind in ("clip_l", "clip_g") if kind in sizes), RELEASED_WINDOW
         ),
@@ -154,6 +163,7 @@ def make_plan(files: Files, settings: Settings) -> Plan:
         sigmas=schedule.sigmas(settings.steps or 0, settings.scheduler or "", settings.denoise),
         sampler=settings.sampler or "",
         cfg=_number("cfg", settings.cfg),
+        cfg_window=schedule.window(settings.cfg_start, settings.cfg_end),
         skip=skip if settings.skip_scale else None,
         device=device,
         dtype=dtype,
@@ -331,6 +341,7 @@ def check(settings: Settings, parts: Mapping[str, Component], mmdit: MMDiTConfig
                 )
         Schedule().window(getattr(settings, start), getattr(settings, end))
     _number("skip_scale", settings.skip_scale)
+    check_threshold(_number("step_cache", settings.step_cache))
     if least_length(settings.t5_length, RELEASED_WINDOW) > LONGEST_T5:
         raise ValueError(f"t5_length is {settings.t5_length}; {LONGEST_T5} is the limit. Try 256.")
     for path in (settings.init, settings.mask):

@@ -13,6 +13,9 @@ from .pictures import read_png
 from .samplers import OnStep
 from .settings import Files, Settings, chosen_paths
 
+# Settings that older records do not have, at what then held.
+LATER_SETTINGS: dict[str, Any] = {"step_cache": 0.0, "fp8": False}
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -80,7 +83,7 @@ def read_record(stored: Any, picture: Path) -> Record:
         )
     try:
         record = Record(
-            settings=dict(stored["settings"]),
+            settings=LATER_SETTINGS | dict(stored["settings"]),
             files={str(name): str(path) for name, path in stored["files"].items()},
             loras=tuple((str(path), float(strength)) for path, strength in stored["loras"]),
             fingerprints=dict(stored["fingerprints"]),

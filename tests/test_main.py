@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 from sd3_pack.sd3_core.__main__ import main, output_files
 from sd3_pack.sd3_core.pictures import read_png, save_png
+from sd3_pack.sd3_core.verify import LATER_SETTINGS
 from tiny import write_tiny_checkpoint
 from tiny_tokenizers import write_tiny_tokenizers
 
@@ -55,6 +57,27 @@ def test_a_picture_is_verified_bit_for_bit(model, tmp_path, capsys):
     assert draw(model, picture, "--seed", "5", "--batch", "2", "--negative", "grün ✓") == 0
     assert main(["verify", str(tmp_path / "out-2.png")]) == 0
     assert "bit-equal" in capsys.readouterr().out
+
+
+def test_a_picture_drawn_with_the_step_cache_tells_and_verifies(model, tmp_path, capsys):
+    picture = tmp_path / "out.png"
+    options = ("--step-cache", "0.9", "--steps", "6", "--cfg-end", "0.5", "--measure")
+    assert draw(model, picture, "--seed", "5", *options) == 0
+    told = capsys.readouterr().out
+    assert re.search(r"step cache \([1-4] of 6 evaluations left out\)", told)
+    assert re.search(r"distance: 0\.\d{4} of the latents' size", told)
+    assert main(["verify", str(picture)]) == 0
+    assert draw(model, tmp_path / "plain.png", "--seed", "5", "--steps", "6") == 0
+    assert "Not active: " in capsys.readouterr().out
+    assert not (read_png(picture)[0] == read_png(tmp_path / "plain.png")[0]).all()
+
+
+def test_a_picture_from_before_these_settings_verifies(drawn, tmp_path):
+    pixels, record = read_png(drawn)
+    older = {k: v for k, v in record["settings"].items() if k not in LATER_SETTINGS}
+    assert len(older) < len(record["settings"])
+    save_png(torch.from_numpy(pixels.copy()), tmp_path / "old.png", record | {"settings": older})
+    assert main(["verify", str(tmp_path / "old.png")]) == 0
 
 
 def test_a_changed_picture_is_measured(model, tmp_path, capsys):

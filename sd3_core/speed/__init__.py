@@ -1,1 +1,1 @@
-"""What the rest works without: the same pictures, sooner and in less memory."""
+"""What the rest works without: the same pictures for less, and on request nearly the same."""

@@ -7,6 +7,7 @@ what it came from (see TextEncoders); no word of a prompt is stored.
 import os
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterator, MutableMapping
 from contextlib import suppress
 from pathlib import Path
@@ -21,6 +22,7 @@ PLACE = "SD3_WORKBENCH_PROMPT_CACHE"  # environment variable: a folder, or "off"
 LIMIT = 2**30  # bytes: some 400 prompts of 154 tokens
 ENDING = ".safetensors"
 HASH = re.compile("[0-9a-f]{64}")
+LOOKUPS: Counter[str] = Counter()  # "hit" and "missed", of this program so far
 
 
 class PromptCache(MutableMapping[str, Conditioning]):
@@ -39,9 +41,11 @@ class PromptCache(MutableMapping[str, Conditioning]):
         try:
             tensors = read_tensors(read_header(path))
         except (CheckpointError, OSError) as error:  # missing or damaged
+            LOOKUPS["missed"] += 1
             raise KeyError(key) from error
         with suppress(OSError):  # in a folder that may only be read
             os.utime(path)  # the age that decides which entry leaves
+        LOOKUPS["hit"] += 1
         return Conditioning(tensors["context"], tensors["pooled"])
 
     def __setitem__(self, key: str, conditioning: Conditioning) -> None:
@@ -82,7 +86,8 @@ class PromptCache(MutableMapping[str, Conditioning]):
         for _, size, key in sorted(entries):
             if surplus <= 0:
                 break
-            self.pop(key, None)
+            with suppress(KeyError):  # another program's work
+                del self[key]
             surplus -= size
 
 
