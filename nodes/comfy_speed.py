@@ -16,7 +16,7 @@ from comfy.patcher_extension import WrappersMP
 from torch import Tensor
 
 from ..sd3_core.schedule import ALWAYS, Schedule, Window, per_image
-from ..sd3_core.speed.gains import NOT_ASKED, Gain, asked, sentence
+from ..sd3_core.speed.gains import NOT_ASKED, Gain, asked, fused_kernels, sentence
 from ..sd3_core.speed.step_cache import StepCache, relative_rms
 from .comfy_table import obstacle
 
@@ -182,6 +182,7 @@ def gains_of(run: Run, patcher: Any) -> tuple[Gain, ...]:
     left_out = run.cache.sentence() if run.cache else idle
     return (
         Gain("modulation table", not why, why or leave),
+        fused_kernels(patcher.load_device),
         asked("guidance interval", (wanted.cfg_start, wanted.cfg_end) != (0.0, 1.0), guided),
         Gain("step cache", run.cache is not None, left_out),
         Gain("fp8", run.in_float8 > 0, "" if run.in_float8 else why if wanted.fp8 else NOT_ASKED),

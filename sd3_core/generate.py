@@ -36,7 +36,7 @@ from .settings import Files, Plan, Settings, chosen_paths, make_plan
 from .speed import launch, stripes
 from .speed.attention import measured_attention
 from .speed.fp8 import in_float8
-from .speed.gains import Gain, asked
+from .speed.gains import Gain, asked, fused_kernels
 from .speed.modulation import PreparedMMDiT, is_seldom_used
 from .speed.step_cache import StepCache, cached, relative_rms
 from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
@@ -94,7 +94,7 @@ def generate(
         f"negative prompt: {note}" for note in negative.notes if note not in positive.notes
     )
     notes = dict.fromkeys((*said, *positive.notes, *about_negative))
-    gains = gains_of(plan, cache, known)
+    gains = gains_of(plan, cache, known, way)
     return Result(pixels, record, positive.tokens, tuple(notes), gains, distance)
 
 
@@ -291,7 +291,9 @@ def without_approximations(plan: Plan) -> Plan:
     )
 
 
-def gains_of(plan: Plan, cache: StepCache | None, known: KnownPrompts | None) -> tuple[Gain, ...]:
+def gains_of(
+    plan: Plan, cache: StepCache | None, known: KnownPrompts | None, way: str
+) -> tuple[Gain, ...]:
     """What acted in a run that is done."""
     guided = [float(sigma) in plan.cfg_window for sigma in plan.sigmas[:-1]]
     encoders_changed = any(kind in lora.parts for lora, _ in plan.loras for kind in ENCODERS)
@@ -300,6 +302,7 @@ def gains_of(plan: Plan, cache: StepCache | None, known: KnownPrompts | None) ->
     return (
         Gain("modulation table", True),
         Gain("prompt cache", prompts == "", prompts),
+        fused_kernels(plan.device),
         Gain("decoding in stripes", large, "" if large else "the picture is small"),
         asked(
             "guidance interval",
@@ -308,6 +311,7 @@ def gains_of(plan: Plan, cache: StepCache | None, known: KnownPrompts | None) ->
         ),
         asked("step cache", cache is not None, cache.sentence() if cache else ""),
         asked("fp8", plan.settings.fp8),
+        asked("launch", way != "plain", way),
     )
 
 

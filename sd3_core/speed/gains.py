@@ -3,6 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
+from ..models import fused
+
 NOT_ASKED = "not asked for"
 
 
@@ -27,3 +31,9 @@ def with_note(gain: Gain) -> str:
 def asked(name: str, active: bool, note: str = "") -> Gain:
     """One that acts on request alone."""
     return Gain(name, active, note if active else NOT_ASKED)
+
+
+def fused_kernels(device: torch.device) -> Gain:
+    """Of a run whose layers are the core's or have what models/fused.py asks for."""
+    why = fused.why_not(device)
+    return Gain("fused kernels", not why, why)
