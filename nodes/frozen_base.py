@@ -21,6 +21,7 @@ from ..sd3_core.models.mmdit import MMDiT
 from ..sd3_core.training.flow import Place
 from ..sd3_core.training.report import some_names
 from ..sd3_core.training.trainer import Base
+from .comfy_speed import KEY as SPEED
 from .errors import NodeError
 from .wires import origin_of
 
@@ -96,7 +97,10 @@ class Holder(nn.Module):
 
 
 def uncarried(model: Any) -> list[str]:
-    """What changes the network's answer beside patches of its weights, by name."""
+    """What changes the network's answer beside patches of its weights, by name.
+
+    Not what SD3 Speed sets: it is about how one samples, and training does not.
+    """
     names = [f"object patch {name}" for name in model.object_patches if name != "model_sampling"]
     options = model.model_options
     names += [f"option {name}" for name in options if not name.startswith(SAMPLING_ONLY)]
@@ -104,9 +108,12 @@ def uncarried(model: Any) -> list[str]:
     names += [f"attention patch {name}" for name in inner.get("patches", {})]
     for place, blocks in inner.get("patches_replace", {}).items():
         names += [f"block patch {place} {key}" for key in blocks]
-    names += [f"transformer option {n}" for n in inner if n not in ("patches", "patches_replace")]
+    known = ("patches", "patches_replace", SPEED)
+    names += [f"transformer option {name}" for name in inner if name not in known]
     for kind, by_key in getattr(model, "wrappers", {}).items():
-        names += [f"wrapper {kind} {key}" for key, functions in by_key.items() if functions]
+        names += [
+            f"wrapper {kind} {k}" for k, functions in by_key.items() if functions and k != SPEED
+        ]
     names += [f"injection {name}" for name in getattr(model, "injections", {})]
     names += [f"wrapped weight {name}" for name in getattr(model, "weight_wrapper_patches", {})]
     names += ["weight hooks"] if getattr(model, "hook_patches", {}) else []

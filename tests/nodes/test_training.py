@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from sd3_pack.nodes import datasets, training
 from sd3_pack.nodes.datasets import SD3Preferences, SD3TrainingImages
 from sd3_pack.nodes.errors import NodeError
+from sd3_pack.nodes.frozen_base import FrozenBase
 from sd3_pack.nodes.lora import SD3LoadLoRA
+from sd3_pack.nodes.speed import SD3Speed
 from sd3_pack.nodes.training import SD3SaveLoRA, SD3TimestepDensity, SD3TrainDPO, SD3TrainLoRA
 from sd3_pack.sd3_core.checkpoints.header import read_header
 from training_set import write_pictures
@@ -306,6 +308,12 @@ def test_a_lora_of_another_loader_is_carried_and_counted(tiny_three, styled, pic
     )
     output = train(model, pictures, steps=1)
     assert told(output)["base_loras"] == ["a LoRA of 1 layers from another loader"]
+
+
+def test_speed_is_of_sampling_and_does_not_keep_a_model_from_training(tiny_three):
+    model = SD3Speed.execute(tiny_three[0], 0.1).args[0]
+    base, plain = (FrozenBase(one).base for one in (model, tiny_three[0]))
+    assert base.changes == plain.changes == ()
 
 
 def test_what_a_run_cannot_carry_is_refused_by_name(tiny_three, pictures):
