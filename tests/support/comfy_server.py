@@ -291,27 +291,13 @@ def lay_out(folder: Path) -> None:
 
 
 def link_pack(place: Path) -> None:
-    """The pack by links; beside sd3_core's own files, an embedded model if it has none yet."""
+    """The pack by links."""
     if place.exists():
         return
     place.mkdir()
     for entry in PACK.iterdir():
-        if not entry.name.startswith(".") and entry.name not in ("sd3_core", "output"):
+        if not entry.name.startswith(".") and entry.name != "output":
             (place / entry.name).symlink_to(entry)
-    core, embedded = PACK / "sd3_core", PACK / "sd3_core" / "embedded"
-    if any(embedded.glob("*.safetensors")):
-        (place / "sd3_core").symlink_to(core)
-        return
-    (place / "sd3_core" / "embedded").mkdir(parents=True)
-    for entry in core.iterdir():
-        if entry.name not in ("embedded", "__pycache__"):
-            (place / "sd3_core" / entry.name).symlink_to(entry)
-    for entry in embedded.iterdir():
-        if entry.name != "__pycache__":
-            (place / "sd3_core" / "embedded" / entry.name).symlink_to(entry)
-    made = place / "sd3_core" / "embedded" / "sd3-tiny-1.safetensors"
-    script = PACK / "tests" / "support" / "generated_model.py"
-    subprocess.run([sys.executable, str(script), str(made)], check=True)
 
 
 @contextmanager

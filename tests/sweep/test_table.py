@@ -6,7 +6,7 @@ import io
 import pytest
 import torch
 from sd3_pack.sd3_core.embedded.captions import short_caption
-from sd3_pack.sd3_core.embedded.model import MODEL_KEY
+from sd3_pack.sd3_core.embedded.model import MODEL_KEY, NAME
 from sd3_pack.sd3_core.embedded.render import draw
 from sd3_pack.sd3_core.embedded.scenes import scenes
 from sd3_pack.sd3_core.pictures import to_uint8
@@ -70,7 +70,7 @@ def test_the_checker_judges_what_a_cell_shows():
 
 
 def test_only_the_embedded_model_is_judged_and_only_on_its_world():
-    embedded = {MODEL_KEY: "sd3-tiny-1"}
+    embedded = {MODEL_KEY: NAME}
     assert judged(embedded, "a red circle") == ("a red circle", ())
     assert judged({}, "a red circle") == (None, ())
     prompt, (note,) = judged(embedded, "a lighthouse")
