@@ -10,6 +10,7 @@ import json
 import platform
 import warnings
 from collections.abc import Callable, MutableMapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -81,14 +82,15 @@ def generate(
         launch.check(way, plan.device)
         record = make_record(files, plan)
         positive, negative = encode_prompts(files, plan, known)
-        start = start_latents(plan)
-        cache = step_cache(plan)
-        x0 = sample(plan, positive, negative, start, on_step, way, cache)
-        distance = None
-        if measure:
-            plain = sample(without_approximations(plan), positive, negative, start, on_step)
-            distance = relative_rms(x0, plain)
-        pixels = keep_masked(to_uint8(decode(plan, x0)), plan)
+        with chosen_gpu(plan.device):
+            start = start_latents(plan)
+            cache = step_cache(plan)
+            x0 = sample(plan, positive, negative, start, on_step, way, cache)
+            distance = None
+            if measure:
+                plain = sample(without_approximations(plan), positive, negative, start, on_step)
+                distance = relative_rms(x0, plain)
+            pixels = keep_masked(to_uint8(decode(plan, x0)), plan)
     said = (str(warning.message) for warning in warned if warning.category is UserWarning)
     about_negative = (
         f"negative prompt: {note}" for note in negative.notes if note not in positive.notes
@@ -96,6 +98,11 @@ def generate(
     notes = dict.fromkeys((*said, *positive.notes, *about_negative))
     gains = gains_of(plan, cache, known, way)
     return Result(pixels, record, positive.tokens, tuple(notes), gains, distance)
+
+
+def chosen_gpu(device: torch.device) -> AbstractContextManager[object]:
+    """Kernels and graphs go to the current GPU, which need not be the one of the tensors."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def encode_prompts(
@@ -217,6 +224,12 @@ def sample(
 
     cache: see step_cache.
     """
+    prompts = positive.conditioning, negative.conditioning
+    return sample_with(denoiser(plan), plan, *prompts, start, on_step, way, cache)
+
+
+def denoiser(plan: Plan) -> MMDiT:
+    """The MMDiT with the plan's LoRAs, in the precision that was asked for."""
     model = load_mmdit(
         plan.parts["mmdit"],
         dtype=plan.dtype,
@@ -227,8 +240,7 @@ def sample(
     model = with_loras(model, "mmdit", plan)
     if plan.settings.fp8:
         model.joint_blocks = in_float8(model.joint_blocks)
-    prompts = positive.conditioning, negative.conditioning
-    return sample_with(model, plan, *prompts, start, on_step, way, cache)
+    return model
 
 
 def sample_with(

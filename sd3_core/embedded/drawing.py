@@ -6,9 +6,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ..checkpoints.load import load_mmdit
 from ..conditioning import Conditioning
-from ..generate import decode, sample_with, text_encoders
+from ..generate import decode, denoiser, sample_with, step_cache, text_encoders
 from ..models.mmdit import MMDiT
 from ..settings import Files, Settings, make_plan
 
@@ -25,9 +24,7 @@ class Painter:
         self.files = files
         self.plan = make_plan(files, self.settings)
         self.encoders = text_encoders(files, self.plan)
-        self.model = model or load_mmdit(
-            self.plan.parts["mmdit"], dtype=self.plan.dtype, device=self.plan.device
-        )
+        self.model = model or denoiser(self.plan)
         self.known: dict[str, Conditioning] = {}
 
     @torch.inference_mode()
@@ -37,7 +34,8 @@ class Painter:
         plan = make_plan(self.files, settings)
         positive = Conditioning.cat([self._read(prompt) for prompt in prompts])
         start = torch.zeros(plan.latent_shape, device=plan.device)
-        x0 = sample_with(self.model, plan, positive, self._read(settings.negative), start)
+        negative = self._read(settings.negative)
+        x0 = sample_with(self.model, plan, positive, negative, start, cache=step_cache(plan))
         return decode(plan, x0).cpu()
 
     def _read(self, prompt: str) -> Conditioning:

@@ -106,5 +106,6 @@ def check_threshold(threshold: float) -> None:
 
 def relative_rms(latents: Tensor, plain: Tensor) -> float:
     """How far apart two runs end: the root mean square of their difference over the plain one's."""
-    distance = torch.linalg.vector_norm(latents.double() - plain.double())
-    return float(distance / torch.linalg.vector_norm(plain.double())) if distance else 0.0
+    ours, theirs = latents.cpu().double(), plain.cpu().double()  # Apple's GPUs have no float64
+    distance = torch.linalg.vector_norm(ours - theirs)
+    return float(distance / torch.linalg.vector_norm(theirs)) if distance else 0.0

@@ -10,7 +10,7 @@ from ..conditioning import Conditioning
 from ..embedded.drawing import Painter
 from ..embedded.score import judge_pictures
 from ..embedded.verdict import Verdict
-from ..generate import decode, sample_with
+from ..generate import decode, sample_with, step_cache
 from ..measures import Trail, distance, path_length
 from ..noise import noise as noise_of
 from ..settings import make_plan
@@ -83,7 +83,8 @@ class PathPainter(Painter):
         positive = Conditioning.cat([self._read(prompt) for prompt in prompts])
         trail, start = Trail(), torch.zeros(plan.latent_shape, device=plan.device)
         negative = self._read(settings.negative)
-        x0 = sample_with(self.model, plan, positive, negative, start, trail.on_step)
+        watch, cache = trail.on_step, step_cache(plan)
+        x0 = sample_with(self.model, plan, positive, negative, start, watch, cache=cache)
         trail.end(x0)
         way = Walk(x0, path_length(trail.points), distance(trail.points[0], x0))
         return decode(plan, x0).cpu(), way

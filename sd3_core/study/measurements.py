@@ -51,7 +51,7 @@ class ArmScore:
         return self.label
 
     def settings(self, lab: Lab) -> dict[str, Any]:
-        return {**as_json(self), **lab.of_an_arm(self.arm), "cfg": CFG}
+        return {**as_json(self), **lab.of_an_arm(self.arm), "cfg": CFG, "truth": "clamped"}
 
     def measure(self, lab: Lab, seed: int) -> Numbers:
         network = lab.network(self.arm, seed, half=self.half)

@@ -120,7 +120,8 @@ class World:
         """Features of true pictures behind the linear latents, which FID compares with."""
         if side not in self._truth:
             basis = self.basis(CHANNELS)
-            self._truth[side] = features(basis.draw(basis(draw(self.prompted(TRUE, side)))))
+            behind = basis.draw(basis(draw(self.prompted(TRUE, side))))
+            self._truth[side] = features(behind.clamp(-1, 1))
         return self._truth[side]
 
     @torch.no_grad()

@@ -10,22 +10,21 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ..checkpoints.load import load_mmdit
 from ..generate import (
     KnownPrompts,
     decode,
+    denoiser,
     encode_with,
     keep_masked,
     sample_with,
     start_latents,
+    step_cache,
     text_encoders,
-    with_loras,
 )
 from ..measures import Meter, Trail
 from ..pictures import to_uint8
 from ..samplers import Step
 from ..settings import Files, Plan, Settings, make_plan
-from ..speed.modulation import is_seldom_used
 from ..text.encoders import ENCODERS, EncodedPrompt, TextEncoders
 from .axes import Cell, Layout, by_strength, check_axes
 from .sheet import labelled
@@ -153,10 +152,7 @@ def draw_cells(
 ) -> dict[int, Drawn]:
     """Those of one state of the weights; the MMDiT is gone when this returns."""
     plan = plans[cells[0].number]
-    model = load_mmdit(
-        plan.parts["mmdit"], dtype=plan.dtype, device=plan.device, left=is_seldom_used
-    )
-    model = with_loras(model, "mmdit", plan)
+    model = denoiser(plan)
     drawn: dict[int, Drawn] = {}
     for cell in cells:
         plan, (positive, negative) = plans[cell.number], prompts[cell.number]
@@ -170,7 +166,7 @@ def draw_cells(
             if on_step is not None:
                 on_step(cell, step)
 
-        x0 = sample_with(model, plan, *words, start, watch)
+        x0 = sample_with(model, plan, *words, start, watch, cache=step_cache(plan))
         seconds, memory = meter.spent()
         trail.end(x0)
         drawn[cell.number] = Drawn(x0, Run.of(trail.points, seconds, memory))

@@ -62,6 +62,16 @@ def test_a_back_end_that_refuses_is_left_out(monkeypatch):
     assert list(attend.chosen.values()) == [MATH]
 
 
+def test_a_quick_back_end_that_is_wrong_is_left_out(monkeypatch):
+    monkeypatch.setattr(
+        measured, "by", lambda backend, q, k, v: attention(q, k, v) * (1 + (backend == FLASH))
+    )
+    attend = MeasuredAttention(Times(1.0, 0.1, 0.5))
+    with torch.no_grad():
+        attend(*heads())
+    assert list(attend.chosen.values()) == [MATH]
+
+
 @pytest.mark.parametrize("case", ["gradients", "mask", "device", "switched off"])
 def test_nothing_is_measured(monkeypatch, case):
     attend, mask = MeasuredAttention(Times()), None

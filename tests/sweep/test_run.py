@@ -75,7 +75,7 @@ def test_different_cells_differ(files):
 
 def test_networks_are_read_once(files, monkeypatch):
     reads = []
-    for module, name in ((run, "load_mmdit"), (generation, "load_vae"), (generation, "load_t5")):
+    for module, name in ((generation, name) for name in ("load_mmdit", "load_vae", "load_t5")):
         load = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *a, load=load, name=name, **k: reads.append(name) or load(*a, **k)
@@ -121,7 +121,7 @@ def test_what_is_open_is_the_same_for_all_cells(files):
 
 def test_a_cell_that_cannot_be_is_refused_before_any_weight_is_read(folder, files, monkeypatch):
     monkeypatch.setattr(run, "text_encoders", lambda *_: pytest.fail("read"))
-    monkeypatch.setattr(run, "load_mmdit", lambda *_: pytest.fail("read"))
+    monkeypatch.setattr(generation, "load_mmdit", lambda *_: pytest.fail("read"))
     write_tiny_checkpoint(folder / "other.safetensors", ("mmdit", "vae", "clip_l"), seed=1)
     with pytest.raises(ValueError, match=r"skip layers \[9\]"):
         sweep(files, replace(QUICK, skip_scale=1.0), lay_out(read_axis("skip_layers", "1, 9")))
@@ -132,3 +132,13 @@ def test_a_cell_that_cannot_be_is_refused_before_any_weight_is_read(folder, file
         sweep(other, QUICK, lay_out(read_axis("encoders", "clip_l, t5")))
     with pytest.raises(ValueError, match="without a LoRA"):
         sweep(other, QUICK, lay_out(read_axis("lora_strength", "0, 1")))
+
+
+def test_a_cell_approximates_as_generate_does(files):
+    """Steps that the cache leaves out are left out here, too."""
+    rough = replace(QUICK, steps=6, step_cache=1.0)
+    done = sweep(files, rough, lay_out(read_axis("cfg", "3"), None))
+    expected = generate(files, rough).pixels[0]
+    exact = generate(files, replace(rough, step_cache=0.0)).pixels[0]
+    assert torch.equal(done.pictures[0][0], torch.as_tensor(expected))
+    assert not torch.equal(torch.as_tensor(expected), torch.as_tensor(exact))
