@@ -69,6 +69,25 @@ def quantised_layers() -> bool:
     return hasattr(comfy.ops, "mixed_precision_ops")
 
 
+def weights_of(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of one of ComfyUI's layers, patches and all, on the device of `like`.
+
+    Copies: what ComfyUI lends lies in buffers that it fills anew for the next layer.
+    """
+    cast = comfy.ops.cast_bias_weight
+    if "offloadable" not in inspect.signature(cast).parameters:
+        return copied(*cast(layer, like)[:2])
+    weight, bias, lent = cast(layer, like, offloadable=True)
+    try:
+        return copied(weight, bias)
+    finally:
+        comfy.ops.uncast_bias_weight(layer, weight, bias, lent)
+
+
+def copied(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return weight.clone(), None if bias is None else bias.clone()
+
+
 def intermediate_dtype() -> torch.dtype:
     chosen = getattr(comfy.model_management, "intermediate_dtype", None)
     return torch.float32 if chosen is None else chosen()

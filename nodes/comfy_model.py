@@ -31,7 +31,7 @@ from ..sd3_core.models.mmdit import MMDiT, MMDiTConfig, Tokens
 from ..sd3_core.models.vae import VAE, VAEConfig
 from ..sd3_core.settings import model_preset
 from ..sd3_core.speed import stripes
-from ._compat import archive_dtypes, make_patcher, quantised_layers
+from ._compat import archive_dtypes, make_patcher, quantised_layers, weights_of
 from .comfy_speed import RUN, watch_runs
 from .comfy_table import WEIGHTS, Tabled, TabledPatcher, forget_table, weights_in_force, with_table
 
@@ -312,7 +312,9 @@ class ComfyVAE(VAE):
 
 def cast_norm(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of one of ComfyUI's layers, wherever it keeps them."""
-    return comfy.ops.cast_bias_weight(norm, x)[:2]
+    weight, bias = weights_of(norm, x)
+    assert bias is not None
+    return weight, bias
 
 
 def vae_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -24,6 +24,8 @@ KEY = "sd3_speed"  # in transformer_options: Speed; also the wrappers' name
 RUN = "sd3_run"  # in transformer_options during a run: Run
 FOREIGN = "it was not loaded by SD3 Workbench"
 HOOKED = "hooks may change its weights within a run"
+OWN_SCALES = "this guider has scales of its own"
+CALLBACK = 5  # its place among outer_sample's arguments
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,7 @@ class Run:
     asked: Speed
     window: Window  # in which cfg holds
     hooked: bool  # whether weights may change on the way
+    guidable: bool = True  # whether cfg is the guider's scale
     plain: bool = False  # nothing of it acts: the run that the distance is measured from
     cache: StepCache | None = None
     evaluations: int = 0
@@ -103,8 +106,8 @@ def around_run(executor: Callable[..., Tensor], *arguments: Any, **more: Any) ->
     if wanted.measure and wanted.approximates:
         conds = {name: [one.copy() for one in every] for name, every in guider.conds.items()}
         options[RUN] = begun(guider, wanted, plain=True)
-        without_callback = [*arguments[:5], None, *arguments[6:]]
-        plain = executor(*without_callback, **more)
+        positional, named = without_callback(arguments, more)
+        plain = executor(*positional, **named)
         guider.conds = conds
     run = options[RUN] = begun(guider, wanted)
     latents = executor(*arguments, **more)
@@ -115,11 +118,22 @@ def around_run(executor: Callable[..., Tensor], *arguments: Any, **more: Any) ->
     return latents
 
 
+def without_callback(
+    arguments: tuple[Any, ...], more: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What outer_sample was called with; the callback, sixth or by name, is None."""
+    if "callback" in more:
+        return arguments, {**more, "callback": None}
+    return tuple(None if n == CALLBACK else one for n, one in enumerate(arguments)), more
+
+
 def begun(guider: Any, wanted: Speed, plain: bool = False) -> Run:
     sampling = guider.model_patcher.get_model_object("model_sampling")
     schedule = Schedule(float(getattr(sampling, "shift", 3.0)))
-    window = schedule.window(wanted.cfg_start, wanted.cfg_end)
-    return Run(wanted, ALWAYS if plain else window, hooked=has_hooks(guider), plain=plain)
+    guidable = not hasattr(guider, "cfg2")  # as DualCFGGuider, which never looks at cfg
+    cut = guidable and not plain
+    window = schedule.window(wanted.cfg_start, wanted.cfg_end) if cut else ALWAYS
+    return Run(wanted, window, has_hooks(guider), guidable, plain)
 
 
 def has_hooks(guider: Any) -> bool:
@@ -177,13 +191,17 @@ def gains_of(run: Run, patcher: Any) -> tuple[Gain, ...]:
     why = why_no_table(run, patcher)
     pages = bool(getattr(patcher, "is_dynamic", bool)())
     leave = "its weights are paged out" if pages else "its weights are the first to make room"
+    ours = hasattr(patcher.model.diffusion_model, "tabled")
+    spanned_cfg = (wanted.cfg_start, wanted.cfg_end) != (0.0, 1.0)
     guided = f"cfg in {run.guided} of {run.evaluations} evaluations"
     idle = NOT_ASKED if not wanted.step_cache else HOOKED if run.hooked else "no step was taken"
     left_out = run.cache.sentence() if run.cache else idle
     return (
         Gain("modulation table", not why, why or leave),
-        fused_kernels(patcher.load_device),
-        asked("guidance interval", (wanted.cfg_start, wanted.cfg_end) != (0.0, 1.0), guided),
+        fused_kernels(patcher.load_device) if ours else Gain("fused kernels", False, FOREIGN),
+        asked("guidance interval", spanned_cfg, guided)
+        if run.guidable or not spanned_cfg
+        else Gain("guidance interval", False, OWN_SCALES),
         Gain("step cache", run.cache is not None, left_out),
         Gain("fp8", run.in_float8 > 0, "" if run.in_float8 else why if wanted.fp8 else NOT_ASKED),
     )

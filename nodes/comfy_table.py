@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any
 
 import comfy.model_patcher
-import comfy.ops
 import torch
 from torch import Tensor, nn
 
@@ -18,6 +17,7 @@ from ..sd3_core.models.mmdit import MMDiT
 from ..sd3_core.schedule import Schedule
 from ..sd3_core.speed.fp8 import in_float8
 from ..sd3_core.speed.modulation import ModulationTable, TabledMMDiT, is_tabled, with_parts
+from ._compat import weights_of
 
 WEIGHTS = "sd3_weights"  # in transformer_options: weights_in_force
 
@@ -61,7 +61,9 @@ class Tabled:
             return network
         run.in_float8 += 1
         if self.float8 is None:
-            blocks = in_float8(network.joint_blocks, partial(weights_of, self.network.table.values))
+            blocks = in_float8(
+                network.joint_blocks, partial(weights_of, like=self.network.table.values)
+            )
             self.float8 = with_parts(network, {"joint_blocks": blocks})
         return self.float8  # pyright: ignore[reportReturnType]
 
@@ -79,11 +81,6 @@ class Tabled:
                 self.numbers[uuid] = self.network.table.number(own)
             numbers += self.numbers[uuid]
         return torch.tensor(numbers)[:, None]
-
-
-def weights_of(like: Tensor, layer: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of one of ComfyUI's layers, patches and all, on the device of `like`."""
-    return comfy.ops.cast_bias_weight(layer, like)[:2]
 
 
 def called_plainly(layer: nn.Module, x: Tensor) -> Tensor:

@@ -199,8 +199,11 @@ def has_lora(patcher: Any) -> bool:
 
 
 def is_added(patch: tuple[Any, ...]) -> bool:
-    """ComfyUI's (strength, change, strength of the weight itself, ...)."""
-    return patch[2] == 1.0
+    """ComfyUI's (strength, change, strength of the weight itself, ...).
+
+    A merge, such as ModelMergeAdd's, has another model's weight and its patches, a list.
+    """
+    return patch[2] == 1.0 and not isinstance(patch[1], list)
 
 
 def with_lora_strength(patcher: Any, factor: float) -> Any:

@@ -55,6 +55,7 @@ from .wires import (
 )
 
 MOST_LOG_SNR = 20.0  # drawn instead of infinity
+MOST_SKIP_SCALE = 10.0
 
 
 class SD3ShiftSchedule(io.ComfyNode):
@@ -359,7 +360,7 @@ class SD3Sample(io.ComfyNode):
             "files": origin_of(model).files,
             "loras": list(origin_of(model).loras),
             "notes": list(run.notes),
-            **speed_report(run.model),
+            **speed_report(run.guider.model_patcher),  # with hooks another than run.model
             **meter.reading(),
         }
         return io.NodeOutput({**without_ratios(latent_image), "samples": x0}, ui=report(contents))
@@ -413,7 +414,7 @@ def skip_and_window_inputs() -> list[Any]:
             "slg_scale",
             default=0.0,
             min=0.0,
-            max=10.0,
+            max=MOST_SKIP_SCALE,
             step=0.1,
             optional=True,
             tooltip="Skip-layer guidance: away from what the model draws without some of its "
@@ -440,13 +441,15 @@ def skip_and_window_inputs() -> list[Any]:
         io.Float.Input(
             "cfg_start_percent",
             default=0.0,
-            tooltip="Part of the run after which cfg begins; before, the prompt counts alone.",
+            tooltip="Part of the run after which cfg begins; before, the prompt counts alone. With "
+            "a span in SD3 Speed, too, cfg holds where both do.",
             **percent,
         ),
         io.Float.Input(
             "cfg_end_percent",
             default=1.0,
-            tooltip="Part of the run after which cfg ends; ending early saves time.",
+            tooltip="Part of the run after which cfg ends; ending early saves time. With a span in "
+            "SD3 Speed, too, cfg holds where both do; measure there leaves this one on.",
             **percent,
         ),
     ]

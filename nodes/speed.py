@@ -51,13 +51,15 @@ class SD3Speed(io.ComfyNode):
                         "cfg_start_percent",
                         default=0.0,
                         tooltip="Part of the run after which cfg begins; before, the prompt counts "
-                        "alone, in half the time.",
+                        "alone, in half the time. With a span in SD3 Sample, too, cfg holds where "
+                        "both do.",
                         **percent,
                     ),
                     io.Float.Input(
                         "cfg_end_percent",
                         default=1.0,
-                        tooltip="Part of the run after which cfg ends.",
+                        tooltip="Part of the run after which cfg ends. With a span in SD3 Sample, "
+                        "too, cfg holds where both do; measure leaves that one on.",
                         **percent,
                     ),
                     io.Boolean.Input(

@@ -1,6 +1,8 @@
 """One or two settings varied: a labelled grid of pictures, and a table of what was measured."""
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -16,7 +18,7 @@ from ..sd3_core.measures import Trail
 from ..sd3_core.noise import noise
 from ..sd3_core.schedule import Schedule
 from ..sd3_core.speed.prompts import users_cache
-from ..sd3_core.sweep.axes import AXES, Layout, by_strength, check_axes, lay_out, read_axis
+from ..sd3_core.sweep.axes import AXES, Axis, Layout, by_strength, check_axes, lay_out, read_axis
 from ..sd3_core.sweep.sheet import labelled
 from ..sd3_core.sweep.table import Run as Measured
 from ..sd3_core.sweep.table import Table, judged, make_table
@@ -27,6 +29,7 @@ from .latents import check_vae
 from .lora import has_lora, with_lora_strength
 from .progress import Callback, Meter, check_finite
 from .sampling import (
+    MOST_SKIP_SCALE,
     Guidance,
     cfg_input,
     denoise_input,
@@ -52,6 +55,8 @@ from .wires import (
 )
 
 NO_AXIS = "none"
+WIDGETS = {"sampler": "sampler_name", "skip_scale": "slg_scale", "skip_layers": "slg_layers"}
+NAMES = {WIDGETS.get(name, name): name for name in AXES}  # of an axis on the node -> the core's
 
 
 @dataclass(frozen=True)
@@ -253,14 +258,14 @@ def axis_inputs() -> list[Any]:
     return [
         io.Combo.Input(
             "x_axis",
-            options=list(AXES),
+            options=list(NAMES),
             default="steps",
             tooltip="What varies from left to right; its own widget then does not count.",
         ),
         io.String.Input("x_values", default="5, 10, 20", tooltip=f"Its values. {says}"),
         io.Combo.Input(
             "y_axis",
-            options=[NO_AXIS, *AXES],
+            options=[NO_AXIS, *NAMES],
             default=NO_AXIS,
             tooltip="What varies from top to bottom.",
         ),
@@ -272,10 +277,35 @@ def layout_of(
     x_axis: str, x_values: str, y_axis: str, y_values: str, reference: int | None
 ) -> Layout:
     """Raises NodeError."""
-    with coded("bad_setting"):
-        x = read_axis(x_axis, x_values)
-        y = None if y_axis == NO_AXIS else read_axis(y_axis, y_values)
+    with coded("bad_setting"), named_as_widgets():
+        x = axis_of(x_axis, x_values)
+        y = None if y_axis == NO_AXIS else axis_of(y_axis, y_values)
         return lay_out(x, y, reference or 0)
+
+
+def axis_of(name: str, text: str) -> Axis:
+    """name: a widget's.  Raises ValueError."""
+    if name not in NAMES:
+        raise ValueError(f"the axis is {name!r}; choose one of {', '.join(NAMES)}.")
+    axis = read_axis(NAMES[name], text)
+    if axis.name == "skip_scale":
+        for value in axis.values:
+            if not 0 <= value <= MOST_SKIP_SCALE:
+                raise ValueError(
+                    f"{name}: {value:g} is no value of it; expected numbers from 0 to "
+                    f"{MOST_SKIP_SCALE:g}, such as {AXES[axis.name].example}."
+                )
+    return axis
+
+
+@contextmanager
+def named_as_widgets() -> Iterator[None]:
+    """The core's errors about axes, by the names that the node has for them."""
+    try:
+        yield
+    except ValueError as error:
+        names = rf"(?<!')\b({'|'.join(WIDGETS)})\b"  # what was typed is in quotes
+        raise ValueError(re.sub(names, lambda found: WIDGETS[found[0]], str(error))) from error
 
 
 class Sweep:
@@ -290,14 +320,15 @@ class Sweep:
         self.samples = fitted_samples(model, latent)
         self.settings = {cell.number: replace(base, **cell.choice) for cell in layout.cells}
         with coded("bad_setting"):
-            check_axes(
-                layout,
-                depth=len(model.model.diffusion_model.joint_blocks),
-                encoders=present(clip),
-                loras=has_lora(model) or has_lora(clip.patcher),
-                skip_scale=base.skip_scale,
-                skip_layers=base.skip_layers,
-            )
+            with named_as_widgets():
+                check_axes(
+                    layout,
+                    depth=len(model.model.diffusion_model.joint_blocks),
+                    encoders=present(clip),
+                    loras=has_lora(model) or has_lora(clip.patcher),
+                    skip_scale=base.skip_scale,
+                    skip_layers=base.skip_layers,
+                )
             self.sigmas = {number: one.sigmas() for number, one in self.settings.items()}
             self.noises = {
                 seed: noise(self.samples.shape, seed, latent.get("batch_index"))
@@ -391,6 +422,8 @@ class Watched:
             callback: Callback | None = None,
             disable: bool | None = None,
         ) -> Tensor:
+            self.trail = Trail()  # SD3 Speed may measure by another run before this one
+
             def keep(state: dict[str, Any]) -> None:
                 self.trail.points.append(state["x"])
                 if callback is not None:

@@ -6,10 +6,15 @@ from contextlib import contextmanager
 
 import comfy.controlnet
 import comfy.hooks
+import comfy.ops
+import comfy.samplers
 import node_helpers
 import pytest
 import torch
-from sd3_pack.nodes.comfy_speed import last_run
+from comfy.patcher_extension import WrappersMP
+from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+from sd3_pack.nodes._compat import weights_of
+from sd3_pack.nodes.comfy_speed import FOREIGN, OWN_SCALES, last_run, without_callback
 from sd3_pack.nodes.comfy_table import name_in
 from sd3_pack.nodes.errors import NodeError
 from sd3_pack.nodes.loaders import load_model
@@ -17,12 +22,14 @@ from sd3_pack.nodes.sampling import SD3Sample, SD3ShiftSchedule
 from sd3_pack.nodes.speed import SD3MemoryPlan, SD3Speed, float8_bytes
 from sd3_pack.sd3_core.checkpoints.load import component_of
 from sd3_pack.sd3_core.speed import fp8
+from sd3_pack.sd3_core.speed.gains import NOT_ASKED
 from sd3_pack.sd3_core.speed.modulation import is_tabled
 from sd3_pack.sd3_core.speed.step_cache import relative_rms
 
 import nodes
 
 STEPS = 10
+OUTER = WrappersMP.OUTER_SAMPLE
 
 
 def plan(model, *arguments):
@@ -242,6 +249,105 @@ def test_it_steps_aside_for_hooks_and_says_so(our_model, conditioning):
     told = gains(our_model)["step cache"]
     assert not told.active
     assert "hooks may change" in told.note
+
+
+def test_it_says_that_a_foreign_network_has_no_fused_kernels(their_model, conditioning):
+    ksampler(sped_up(their_model), *prompts_of(conditioning))
+    told = gains(their_model)["fused kernels"]
+    assert (told.active, told.note) == (False, FOREIGN)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_a_guider_with_scales_of_its_own_keeps_them(our_model, conditioning, nested):
+    def drawn(model):
+        guider = Guider_DualCFG(model)
+        guider.set_conds(conditioning(1), conditioning(3), conditioning(2))
+        guider.set_cfg(3.0, 2.0, nested=nested)
+        start = torch.randn(1, 16, 16, 12, generator=torch.Generator().manual_seed(5))
+        sigmas = SD3ShiftSchedule.execute(4, 3.0, "normal", 1.0).args[0]
+        empty = torch.zeros(1, 16, 16, 12)
+        return guider.sample(start, empty, comfy.samplers.sampler_object("euler"), sigmas)
+
+    plain = drawn(our_model)
+    assert torch.equal(drawn(sped_up(our_model, cfg_end_percent=0.5)), plain)
+    told = gains(our_model)["guidance interval"]
+    assert (told.active, told.note) == (False, OWN_SCALES)
+    drawn(sped_up(our_model))
+    assert gains(our_model)["guidance interval"].note == NOT_ASKED
+
+
+def test_the_report_is_of_the_patcher_that_ran(wide, conditioning, monkeypatch):
+    """With dynamic VRAM hooks make ComfyUI's guider take a delegate of its patcher."""
+    model, delegate = (load_model(component_of(wide, "mmdit"), "auto") for _ in range(2))
+
+    def set_conds(guider, positive, negative):
+        guider.model_patcher = watched
+        guider.inner_set_conds({"positive": positive, "negative": negative})
+
+    watched = delegate.clone()
+    monkeypatch.setattr("sd3_pack.nodes.sampling.SD3Guider.set_conds", set_conds)
+    _, report = sd3_sample(model, *prompts_of(conditioning))
+    assert [gain["name"] for gain in report["speed"]] == list(gains(delegate))
+    assert last_run(model) is None
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_the_run_that_is_measured_by_is_silent(our_model, conditioning, monkeypatch, by_name):
+    """However a wrapper of another node hands the callback on."""
+    shown = []
+
+    def by_keyword(executor, noise, latent, sampler, sigmas, mask, callback, *rest, **more):
+        names = ("disable_pbar", "seed")
+        more = {**dict(zip(names, rest, strict=False)), **more}
+        return executor(noise, latent, sampler, sigmas, mask, callback=callback, **more)
+
+    model = our_model.clone()
+    if by_name:
+        model.wrappers = {**model.wrappers, OUTER: {"other": [by_keyword], **model.wrappers[OUTER]}}
+    monkeypatch.setattr(
+        "latent_preview.prepare_callback",
+        lambda *_: lambda step, x0, x, steps: shown.append(step),
+    )
+    ksampler(sped_up(model, cfg_end_percent=0.5, measure=True), *prompts_of(conditioning))
+    assert shown == list(range(STEPS))
+    assert last_run(our_model).distance > 0
+
+
+def test_what_a_wrapper_leaves_out_stays_out():
+    assert without_callback((1, 2, 3, 4), {"seed": 5}) == ((1, 2, 3, 4), {"seed": 5})
+    assert without_callback((1, 2, 3, 4, 5, 6, 7), {}) == ((1, 2, 3, 4, 5, None, 7), {})
+    assert without_callback((1, 2), {"callback": 6}) == ((1, 2), {"callback": None})
+
+
+def test_weights_that_comfyui_lends_are_copied_and_given_back(monkeypatch):
+    layer, back = torch.nn.Linear(4, 3), []
+
+    def lend(s, input=None, offloadable=False):
+        assert offloadable
+        return s.weight.data, s.bias.data, "stream"
+
+    def take_back(s, weight, bias, stream):
+        back.append(stream)
+        weight.zero_()
+        bias.zero_()
+
+    weight, bias = (t.detach().clone() for t in (layer.weight, layer.bias))
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lend)
+    monkeypatch.setattr(comfy.ops, "uncast_bias_weight", take_back)
+    got = weights_of(layer, weight)
+    assert back == ["stream"]
+    assert not layer.weight.any()
+    assert torch.equal(got[0], weight)
+    assert torch.equal(got[1], bias)
+
+
+def test_weights_of_an_older_comfyui_are_copied(monkeypatch):
+    layer = torch.nn.Linear(4, 3, bias=False)
+    monkeypatch.setattr(comfy.ops, "cast_bias_weight", lambda s, input=None: (s.weight, s.bias))
+    weight, bias = weights_of(layer, layer.weight)
+    assert torch.equal(weight, layer.weight)
+    assert weight.data_ptr() != layer.weight.data_ptr()
+    assert bias is None
 
 
 def test_one_line_of_the_log_tells_what_acted_and_why_the_rest_did_not(

@@ -8,12 +8,14 @@ from types import SimpleNamespace
 import comfy.model_management
 import pytest
 import torch
+from comfy_extras.nodes_model_merging import ModelAdd
 from sd3_pack.nodes.errors import NodeError
 from sd3_pack.nodes.files import EMBEDDED
 from sd3_pack.nodes.latents import SD3VAEDecode
 from sd3_pack.nodes.loaders import SD3LoadCheckpoint
 from sd3_pack.nodes.lora import SD3LoadLoRA, has_lora, with_lora_strength
 from sd3_pack.nodes.sampling import SD3Sample, SD3ShiftSchedule
+from sd3_pack.nodes.speed import SD3Speed
 from sd3_pack.nodes.sweep import SD3Sweep
 from sd3_pack.nodes.text import SD3EncodePrompt
 from tiny import write_tiny_lora
@@ -91,7 +93,7 @@ def with_lora(tiny_three, lora):
         ),
         (
             ("shift", "1, 3"),
-            ("sampler", "heun, dpmpp_2m"),
+            ("sampler_name", "heun, dpmpp_2m"),
             [{"shift": s, "sampler_name": n} for n in ("heun", "dpmpp_2m") for s in (1.0, 3.0)],
         ),
         (
@@ -108,8 +110,8 @@ def with_lora(tiny_three, lora):
             ],
         ),
         (
-            ("skip_scale", "0, 2"),
-            ("skip_layers", "0, 1"),
+            ("slg_scale", "0, 2"),
+            ("slg_layers", "0, 1"),
             [{"slg_scale": s, "slg_layers": n} for n in "01" for s in (0.0, 2.0)],
         ),
         (
@@ -120,7 +122,7 @@ def with_lora(tiny_three, lora):
     ],
 )
 def test_a_cell_is_sd3_samples_picture_bit_for_bit(tiny_three, x, y, cells):
-    more = SKIP if x[0] == "skip_scale" else {}
+    more = SKIP if x[0] == "slg_scale" else {}
     _, pictures, _, _ = sweep(tiny_three, x, y, **more).args
     assert len(pictures) == len(cells)
     for picture, changes in zip(pictures, cells, strict=True):
@@ -148,6 +150,31 @@ def test_a_merged_models_own_patches_keep_their_strength(tiny_three):
     model.add_patches(other, 0.3, 0.7)  # as ModelMergeSimple does
     assert not has_lora(model)
     assert with_lora_strength(model, 0.0).patches == model.patches
+
+
+def test_what_a_merge_adds_is_no_lora(tiny_three, with_lora):
+    (model,) = ModelAdd().merge(tiny_three[0], with_lora[0])
+    assert model.patches
+    assert not has_lora(model)
+    assert with_lora_strength(model, 0.0).patches == model.patches
+
+
+def test_every_axis_is_a_widget_of_the_node_or_has_none():
+    sockets = {socket.id: socket for socket in SD3Sweep.define_schema().inputs}
+    axes = sockets["x_axis"].options
+    assert set(axes) - set(sockets) == {"encoders", "lora_strength"}
+    assert sockets["y_axis"].options == ["none", *axes]
+
+
+def test_the_run_that_sd3_speed_measures_by_is_no_part_of_a_cells_path(tiny_three):
+    model, clip, vae = tiny_three
+    paths = []
+    for measure in (False, True):
+        options = {"cfg_end_percent": 0.5, "measure": measure}
+        three = SD3Speed.execute(model, 0.0, **options).args[0], clip, vae
+        cells = told(sweep(three, ("steps", "3, 4")))["cells"]
+        paths.append([(cell["path_length"], cell["path_ratio"]) for cell in cells])
+    assert paths[0] == paths[1]
 
 
 def test_image_to_image_and_a_batch_are_swept(tiny_three):
@@ -204,6 +231,10 @@ def test_the_embedded_model_is_judged_on_its_world(models):
         (("steps", "1"), ("steps", "2"), "both axes are steps"),
         (("cfg", ",".join(map(str, range(101)))), ("none", ""), "'100' is|101 cells"),
         (("steps", "1"), ("nothing", "2"), "the axis is 'nothing'"),
+        (("skip_scale", "1"), ("none", ""), "the axis is 'skip_scale'; .* slg_scale, slg_layers"),
+        (("sampler_name", "x"), ("none", ""), "SD3:bad_setting: sampler_name: 'x' is no value"),
+        (("slg_scale", "0, 10.5"), ("none", ""), "slg_scale: 10.5 is no .* from 0 to 10"),
+        (("slg_scale", "-1"), ("none", ""), "slg_scale: -1 is no value of it"),
     ],
 )
 def test_what_is_typed_is_refused_when_it_is_queued(tiny_three, x, y, message):
@@ -220,9 +251,9 @@ def test_what_is_typed_is_refused_when_it_is_queued(tiny_three, x, y, message):
     ("x", "more", "message"),
     [
         (("lora_strength", "0, 1"), {}, "bad_setting: lora_strength changes nothing without"),
-        (("skip_layers", "0, 1"), {}, "skip-layer guidance is off"),
+        (("slg_layers", "0, 1"), {}, "slg_layers changes nothing where skip-layer guidance is off"),
         (
-            ("skip_scale", "0, 1"),
+            ("slg_scale", "0, 1"),
             {},
             r"skip layers \[7, 8, 9\]: this network has the blocks 0 to 1",
         ),
