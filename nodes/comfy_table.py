@@ -71,7 +71,7 @@ class Tabled:
         """A run over these noise levels, if it is another one."""
         if self.sigmas is not sigmas:
             self.sigmas, self.numbers = sigmas, {}
-            self.network.table.timesteps = Schedule.timestep(sigmas[:-1].float()).tolist()
+            self.network.table.begin(Schedule.timestep(sigmas[:-1].float()).tolist())
 
     def number(self, pooled: Tensor, uuids: list[Any]) -> Tensor:
         """pooled [B, Dp], an equal share for each uuid -> numbers [B, 1]."""

@@ -85,7 +85,7 @@ class ModulationTable:
         width = width_of(self.columns)
         self.values = torch.empty(0, width, device=device, dtype=dtype)
         self.pooled = torch.empty(0, model.config.pooled_dim, device=device, dtype=dtype)
-        self.rows: dict[Row, int] = {}
+        self.rows: dict[tuple[float, int, int], int] = {}  # a row, and how many prompts it was of
         self.passes = 0  # over the layers, so far
 
     @torch.no_grad()
@@ -99,19 +99,34 @@ class ModulationTable:
                 self.pooled = torch.cat([self.pooled, prompt[None]])
         return numbers
 
+    def begin(self, timesteps: Sequence[float]) -> None:
+        """Another run: rows of other timesteps were computed beside others."""
+        if list(timesteps) != list(self.timesteps):
+            self.timesteps = timesteps
+            self.forget()
+
+    def forget(self) -> None:
+        self.rows, self.values = {}, self.values[:0]
+
     @torch.no_grad()
     def look_up(self, batch: Sequence[Row], dtype: torch.dtype) -> Tensor:
-        """The rows of a batch, [B, width]; the first that is missing brings those that follow."""
+        """The rows of a batch, [B, width]; the first that is missing brings those beside it.
+
+        A product's bits depend on how many rows it has, so the rows that are computed together are
+        those of the same timesteps and as many prompts, whatever was looked up before: the same
+        settings give the same picture.
+        """
+        size = len({prompt for _, prompt in batch})
         for timestep, prompt in batch:
-            if (timestep, prompt) in self.rows:
+            if (timestep, prompt, size) in self.rows:
                 continue
             if timestep not in self.timesteps:
                 return self._compute([batch]).to(dtype)
             prompts = [prompt for at, prompt in batch if at == timestep]
-            start = self.timesteps.index(timestep)
-            following = self.timesteps[start : start + AT_ONCE]
-            self._add([[(at, prompt) for prompt in prompts] for at in following])
-        return self._rows([self.rows[row] for row in batch]).to(dtype)
+            start = self.timesteps.index(timestep) // AT_ONCE * AT_ONCE
+            beside = self.timesteps[start : start + AT_ONCE]
+            self._add([[(at, prompt) for prompt in prompts] for at in beside], size)
+        return self._rows([self.rows[(*row, size)] for row in batch]).to(dtype)
 
     def _rows(self, places: Sequence[int]) -> Tensor:
         """By slices: a list of indices would have to be carried to a GPU, and waited for."""
@@ -120,14 +135,14 @@ class ModulationTable:
             return self.values[first:stop]
         return torch.cat([self.values[place : place + 1] for place in places])
 
-    def _add(self, batches: Sequence[Sequence[Row]]) -> None:
-        if len(self.rows) > MOST_ROWS:
-            self.rows, self.values = {}, self.values[:0]
+    def _add(self, batches: Sequence[Sequence[Row]], size: int) -> None:
+        if len(self.values) > MOST_ROWS:
+            self.forget()
         if not self.exact:
-            fresh = dict.fromkeys(row for row in chain(*batches) if row not in self.rows)
-            batches = [list(fresh)]
+            batches = [list(dict.fromkeys(chain(*batches)))]
         computed = self._compute(batches)
-        self.rows |= {row: len(self.values) + at for at, row in enumerate(chain(*batches))}
+        places = {(*row, size): len(self.values) + at for at, row in enumerate(chain(*batches))}
+        self.rows |= places
         self.values = torch.cat([self.values, computed]) if len(self.values) else computed
 
     def _compute(self, batches: Sequence[Sequence[Row]]) -> Tensor:
