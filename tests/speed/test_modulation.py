@@ -237,3 +237,25 @@ def test_sd35_large_needs_two_thirds_of_its_bytes():
     resident = sum(tensor.nbytes for tensor in fast.state_dict().values())
     assert plain == pytest.approx(16.29e9, rel=1e-3)
     assert (resident + table) / plain < 0.68
+
+
+@torch.inference_mode()
+def test_rows_do_not_depend_on_what_was_looked_up_before(model):
+    """Rows alone, beside another prompt's, and after a run of other steps are computed anew."""
+    fresh = tabled(model).table
+    fresh.number(torch.cat([prompt("cat").pooled, prompt("").pooled]))
+    times = fresh.timesteps
+    expected = fresh.look_up([(times[1], 0), (times[1], 1)], torch.float32)
+    passes = fresh.passes
+    fresh.look_up([(times[3], 0), (times[3], 1)], torch.float32)
+    assert fresh.passes == passes  # one product for all timesteps
+    used = tabled(model, Schedule(3.0).sigmas(9)).table
+    used.number(torch.cat([prompt("cat").pooled, prompt("").pooled, prompt("dog").pooled]))
+    for batch in ([0], [2, 1], [0, 2]):
+        used.look_up([(used.timesteps[0], number) for number in batch], torch.float32)
+    used.begin(times)
+    used.look_up([(times[1], 0)], torch.float32)
+    used.look_up([(times[1], 2), (times[1], 1)], torch.float32)
+    passes = used.passes
+    assert torch.equal(used.look_up([(times[1], 0), (times[1], 1)], torch.float32), expected)
+    assert used.passes == passes + 1
