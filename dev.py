@@ -33,6 +33,7 @@ ORACLES = (
     'diffusers==0.41.0; python_version < "3.11"',  # the last release for Python 3.10
     "peft==0.21.2",
     "accelerate==1.15.0",
+    "matplotlib==3.10.7",  # the figures of bench and study
 )
 
 NO_NETWORK_SIGNS = (

@@ -14,20 +14,15 @@ from sd3_pack.sd3_core.pictures import to_uint8
 from sd3_pack.sd3_core.presets import PRESETS
 from sd3_pack.sd3_core.schedule import Schedule
 from sd3_pack.sd3_core.settings import Files, Settings, make_plan, settled
-from tiny import write_tiny_checkpoint, write_tiny_lora
-from tiny_tokenizers import write_tiny_tokenizers
+from tiny import METADATA, write_tiny_checkpoint, write_tiny_lora, write_tiny_model
 
-METADATA = {"sd3_workbench.shift": "2.0", "sd3_workbench.native_pixels": str(64 * 64)}
 QUICK = Settings("a red circle", seed=7, steps=2, cfg=3.0, sampler="euler", device="cpu")
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    write_tiny_tokenizers(folder / "tokenizers")
-    write_tiny_checkpoint(
-        folder / "tiny.safetensors", tokenizers=folder / "tokenizers", metadata=METADATA
-    )
+    write_tiny_model(folder)
     write_tiny_checkpoint(folder / "split", layout="split", metadata=METADATA)
     write_tiny_checkpoint(folder / "other.safetensors", ("mmdit", "vae", "clip_l"), seed=1)
     return folder

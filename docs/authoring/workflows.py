@@ -435,7 +435,7 @@ def sweep(graph: Graph) -> None:
     and how it went: seconds, how long the latents' path was (x 1 is a straight line), how far the
     picture is from the framed reference, and whether it shows what was asked for.
 
-    Other axes: `encoders` with `all, clip_l+clip_g, clip_l, t5`, `shift`, `sampler`, `seed`,
+    Other axes: `encoders` with `all, clip_l+clip_g, clip_l, t5`, `shift`, `sampler_name`, `seed`,
     `lora_strength` behind a LoRA. Connect `table` or `csv` to keep the numbers.
 
     *SD3.5 instead of the built-in model:* choose its file in *SD3 Load Checkpoint*; nothing is

@@ -281,9 +281,7 @@ def run_case(
     device: str = "cpu",
 ) -> Outcome:
     """Prepare, compare, and time in turns: every round begins with another arm."""
-    outcome = Outcome(case)
-    workers = {name: worker for name, worker in workers.items() if takes_part(name, case)}
-    given = write_case(case, folder, device)
+    outcome, workers, given = begun(case, workers, folder, device)
     for name, worker in workers.items():
         prepare(outcome, name, worker, given, folder)
     compare(outcome, folder)
@@ -302,9 +300,7 @@ def run_in_turn(
     case: Case, workers: Mapping[str, Process], folder: Path, rounds: int, device: str
 ) -> Outcome:
     """One arm after the other, each alone on the device; what is not equal loses its times."""
-    outcome = Outcome(case)
-    workers = {name: worker for name, worker in workers.items() if takes_part(name, case)}
-    given = write_case(case, folder, device)
+    outcome, workers, given = begun(case, workers, folder, device)
     for name, worker in workers.items():
         prepare(outcome, name, worker, given, folder)
         for _ in range(rounds):
@@ -320,6 +316,14 @@ def run_in_turn(
         for measured in outcome.arms.values():
             measured.seconds, measured.wall = [], []
     return outcome
+
+
+def begun(
+    case: Case, workers: Mapping[str, Process], folder: Path, device: str
+) -> tuple[Outcome, dict[str, Process], dict[str, Any]]:
+    """An empty outcome, the arms that take part, and what they are told."""
+    taking = {name: worker for name, worker in workers.items() if takes_part(name, case)}
+    return Outcome(case), taking, write_case(case, folder, device)
 
 
 def write_case(case: Case, folder: Path, device: str) -> dict[str, Any]:

@@ -45,7 +45,9 @@ def check(way: str, device: torch.device) -> None:
     if way not in WAYS:
         raise ValueError(f"launch is {way!r}; choose one of {', '.join(WAYS)}.")
     if way == "graph" and device.type != "cuda":
-        raise ValueError(f"launch is 'graph', and CUDA graphs are not for {device.type}.")
+        raise ValueError(
+            f"launch is 'graph', and CUDA graphs are not for {device.type}: choose plain or compile."
+        )
 
 
 def obstacle(network: nn.Module, device: torch.device) -> str:

@@ -6,20 +6,14 @@ from sd3_pack.sd3_core.embedded.drawing import Painter
 from sd3_pack.sd3_core.generate import generate
 from sd3_pack.sd3_core.pictures import to_uint8
 from sd3_pack.sd3_core.settings import Files, Settings
-from tiny import write_tiny_checkpoint, write_tiny_lora
-from tiny_tokenizers import write_tiny_tokenizers
+from tiny import write_tiny_lora, write_tiny_model
 
-METADATA = {"sd3_workbench.shift": "2.0", "sd3_workbench.native_pixels": str(64 * 64)}
 QUICK = Settings("a red circle", seed=7, steps=3, cfg=3.0, sampler="euler", device="cpu")
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("model")
-    write_tiny_tokenizers(folder / "tokenizers")
-    path = folder / "tiny.safetensors"
-    write_tiny_checkpoint(path, tokenizers=folder / "tokenizers", metadata=METADATA)
-    return path
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.mark.parametrize("strength", [0.0, 1.0])

@@ -20,7 +20,7 @@ from sd3_pack.sd3_core.models.clip import CLIPConfig, CLIPTextModel
 from sd3_pack.sd3_core.models.mmdit import MMDiT, MMDiTConfig
 from sd3_pack.sd3_core.models.t5 import T5Config, T5Encoder
 from sd3_pack.sd3_core.models.vae import VAE, VAEConfig
-from tiny_tokenizers import clip_vocabulary, t5_vocabulary
+from tiny_tokenizers import clip_vocabulary, t5_vocabulary, write_tiny_tokenizers
 from torch import Tensor
 
 PARTS = ("mmdit", "vae", "clip_l", "clip_g", "t5")
@@ -96,6 +96,9 @@ NETWORKS = {
 }
 
 
+METADATA = {"sd3_workbench.shift": "2.0", "sd3_workbench.native_pixels": str(64 * 64)}
+
+
 def tiny_shapes(parts: Sequence[str] = PARTS) -> dict[str, dict[str, tuple[int, ...]]]:
     """Part -> released name without prefix -> shape."""
     return {part: shapes_of(*NETWORKS[part]) for part in parts}
@@ -115,6 +118,14 @@ def tiny_state_dicts(
         part: {k: v.to(dtype) for k, v in recipe_state_dict(shapes, seed).items()}
         for part, shapes in tiny_shapes(parts).items()
     }
+
+
+def write_tiny_model(folder: Path) -> Path:
+    """`folder`/tiny.safetensors, its tokenizers inside and beside it: 64 px, shift 2."""
+    write_tiny_tokenizers(folder / "tokenizers")
+    path = folder / "tiny.safetensors"
+    write_tiny_checkpoint(path, tokenizers=folder / "tokenizers", metadata=METADATA)
+    return path
 
 
 def write_tiny_checkpoint(

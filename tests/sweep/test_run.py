@@ -12,10 +12,8 @@ from sd3_pack.sd3_core.settings import Files, Settings
 from sd3_pack.sd3_core.sweep import run
 from sd3_pack.sd3_core.sweep.axes import lay_out, read_axis
 from sd3_pack.sd3_core.sweep.run import make_plans, sweep, with_choice
-from tiny import write_tiny_checkpoint, write_tiny_lora
-from tiny_tokenizers import write_tiny_tokenizers
+from tiny import write_tiny_checkpoint, write_tiny_lora, write_tiny_model
 
-METADATA = {"sd3_workbench.shift": "2.0", "sd3_workbench.native_pixels": str(64 * 64)}
 QUICK = Settings(
     "a red circle",
     negative="blue",
@@ -31,10 +29,7 @@ QUICK = Settings(
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("model")
-    write_tiny_tokenizers(folder / "tokenizers")
-    write_tiny_checkpoint(
-        folder / "tiny.safetensors", tokenizers=folder / "tokenizers", metadata=METADATA
-    )
+    write_tiny_model(folder)
     return folder
 
 
