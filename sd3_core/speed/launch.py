@@ -46,7 +46,8 @@ def check(way: str, device: torch.device) -> None:
         raise ValueError(f"launch is {way!r}; choose one of {', '.join(WAYS)}.")
     if way == "graph" and device.type != "cuda":
         raise ValueError(
-            f"launch is 'graph', and CUDA graphs are not for {device.type}: choose plain or compile."
+            f"launch is {way!r}, and CUDA graphs are not for {device.type}: "
+            "choose plain or compile."
         )
 
 
