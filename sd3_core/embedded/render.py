@@ -10,9 +10,9 @@ from . import font
 from .shapes import FORMS
 from .world import COLOURS, GROUNDS, SHAPES, WORD, Scene, Thing
 
-KINDS = (*SHAPES, WORD)  # what a label's first number counts, from 1
+SHAPE_LABELS = (*SHAPES, WORD)  # what a label's first number counts, from 1
 CELL = 8  # pixels a side of what a label is of: one latent pixel
-REACH = 32  # pixels: the unit of places
+REACH = 32  # pixels: the unit of middles
 
 
 def draw(scenes: Sequence[Scene], device: torch.device | str = "cpu") -> Tensor:
@@ -43,19 +43,19 @@ def truth(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
     """What lies in each cell of 8 x 8 pixels, and where the middle of that thing is.
 
     The thing is the one that covers most of the cell, if it covers an eighth of it.
-    Returns labels [B, 2, H/8, W/8], uint8: the shape (0: ground, then KINDS), the colour (0, then
-    COLOURS); and places [B, 3, H/8, W/8], float32: from the cell's middle to the thing's centroid,
-    right and down, and its radius, in REACH; 0 where there is ground.
+    Returns labels [B, 2, H/8, W/8], uint8: the shape (0: ground, then SHAPE_LABELS), the colour (0,
+    then COLOURS); and middles [B, 3, H/8, W/8], float32: from the cell's middle to the thing's
+    centroid, right and down, and its radius, in REACH; 0 where there is ground.
     """
     width, height = scenes[0].width, scenes[0].height
     rows, columns = height // CELL, width // CELL
     labels = torch.zeros(len(scenes), 2, rows, columns, dtype=torch.uint8)
-    places = torch.zeros(len(scenes), 3, rows, columns)
+    middles = torch.zeros(len(scenes), 3, rows, columns)
     most = torch.full((len(scenes), rows, columns), 0.125)
     x = (torch.arange(columns) + 0.5) * CELL
     y = ((torch.arange(rows) + 0.5) * CELL)[:, None]
     colours = list(COLOURS)
-    for number, shape in enumerate(KINDS, 1):
+    for number, shape in enumerate(SHAPE_LABELS, 1):
         some = [(i, thing) for i, one in enumerate(scenes) for thing in one.things]
         some = [(i, thing) for i, thing in some if thing.shape == shape]
         if not some:
@@ -67,8 +67,8 @@ def truth(scenes: Sequence[Scene]) -> tuple[Tensor, Tensor]:
             most[i][here] = share[here]
             labels[i, 0][here], labels[i, 1][here] = number, 1 + colours.index(thing.colour)
             way = torch.broadcast_tensors(thing.x - x, thing.y - y, torch.tensor(thing.radius))
-            places[i][:, here] = torch.stack(way)[:, here] / REACH
-    return labels, places
+            middles[i][:, here] = torch.stack(way)[:, here] / REACH
+    return labels, middles
 
 
 def _covers(

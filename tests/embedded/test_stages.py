@@ -14,7 +14,7 @@ from sd3_pack.sd3_core.conditioning import Conditioning
 from sd3_pack.sd3_core.embedded.captions import full_caption, short_caption
 from sd3_pack.sd3_core.embedded.drawing import Painter
 from sd3_pack.sd3_core.embedded.model import FILE, NAME
-from sd3_pack.sd3_core.embedded.render import KINDS, REACH, draw, truth
+from sd3_pack.sd3_core.embedded.render import REACH, SHAPE_LABELS, draw, truth
 from sd3_pack.sd3_core.embedded.requests import known_words
 from sd3_pack.sd3_core.embedded.scenes import scenes
 from sd3_pack.sd3_core.embedded.stages.basis import Basis, basis_of, fit_basis
@@ -28,7 +28,6 @@ from sd3_pack.sd3_core.embedded.stages.flow import (
 from sd3_pack.sd3_core.embedded.stages.make import (
     BUDGETS,
     IN_ORDER,
-    STAGES,
     Budget,
     Maker,
     large_pictures,
@@ -273,7 +272,7 @@ def shelf():
         f"empty.{name}": torch.randn(1, *shapes[name], generator=draws).half() for name in PARTS
     }
     made.tensors["labels"] = torch.randint(8, (50, 2, 8, 8), generator=draws, dtype=torch.uint8)
-    made.tensors["places"] = torch.randn(50, 3, 8, 8, generator=draws).half()
+    made.tensors["middles"] = torch.randn(50, 3, 8, 8, generator=draws).half()
     return made
 
 
@@ -281,7 +280,7 @@ def test_the_first_loss_is_that_of_saying_nothing(shelf):
     task = ShelfTask(new_mmdit(0), [(shelf, 1.0)], shelf, FlowStage(), CPU, FLOAT)
     with torch.no_grad():
         losses = task.loss(0, range(64), 64)
-    first, asked, missed = (losses.logs[name] for name in ("velocity", "labels", "places"))
+    first, asked, missed = (losses.logs[name] for name in ("velocity", "labels", "middles"))
     torch.testing.assert_close(losses.each, first + 0.1 * asked + 0.5 * missed)
     # who has learnt nothing finds all eight shapes and all nine colours equally likely
     torch.testing.assert_close(asked, torch.full_like(asked, math.log(8) + math.log(9)))
@@ -294,7 +293,7 @@ def test_the_first_loss_is_that_of_saying_nothing(shelf):
 def test_without_its_weight_the_question_is_not_asked(shelf):
     asking, silent = (
         ShelfTask(new_mmdit(0), [(shelf, 1.0)], shelf, config, CPU, FLOAT)
-        for config in (FlowStage(), FlowStage(label_weight=0.0, place_weight=0.0))
+        for config in (FlowStage(), FlowStage(label_weight=0.0, middle_weight=0.0))
     )
     assert set(asking.parameters) - set(silent.parameters) == {
         "asked.linear.weight",
@@ -338,7 +337,10 @@ def test_the_truth_is_what_the_picture_shows():
     assert places.shape == (64, 3, 12, 16)
     x, y = (torch.arange(16) + 0.5) * 8, ((torch.arange(12) + 0.5) * 8)[:, None]
     for scene, label, place, picture in zip(made, found, places, pictures, strict=True):
-        told = {(1 + KINDS.index(t.shape), 1 + list(COLOURS).index(t.colour)) for t in scene.things}
+        told = {
+            (1 + SHAPE_LABELS.index(t.shape), 1 + list(COLOURS).index(t.colour))
+            for t in scene.things
+        }
         seen = set(map(tuple, label.flatten(1).T.tolist())) - {(0, 0)}
         assert seen == told
         for number, name in enumerate(COLOURS, 1):
@@ -416,14 +418,14 @@ def test_all_stages_make_a_model_that_draws(tmp_path, monkeypatch):
     maker = Maker(tmp_path, SMALLEST, "cpu", "fp32", on_note=notes.append)
     with pytest.raises(ValueError, match="run the stage clip first"):
         maker.shelves()
-    for stage in map(STAGES.get, IN_ORDER):
+    for stage in IN_ORDER.values():
         made = stage(maker)
     assert made.stat().st_size < 15_000_000
     pictures = Painter(Files(checkpoint=made), Settings(prompt="", steps=2))(["a red star"] * 2, 1)
     assert pictures.shape == (2, 3, 128, 128)
     assert not torch.equal(pictures[0], pictures[1])
     notes.clear()
-    for stage in map(STAGES.get, IN_ORDER):
+    for stage in IN_ORDER.values():
         stage(maker)
     finished = [note for note in notes if note.endswith("is finished")]
     assert len(finished) == 5  # every stage that learns: nothing is done twice

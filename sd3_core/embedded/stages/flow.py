@@ -39,7 +39,7 @@ from ...training.objectives import Predict, RectifiedFlow
 from ...training.optimizers import Parameters
 from ...training.order import chance
 from ...training.validation import LEVELS
-from ..render import KINDS
+from ..render import SHAPE_LABELS
 from ..world import COLOURS
 from .shelf import Shelf
 
@@ -73,7 +73,7 @@ class FlowStage(LoopConfig):
     encoder_dropout: float = 0.464
     encoder_dropout_from: float = 0.5  # of the steps: where it begins
     label_weight: float = 0.1  # of what the tokens are asked, beside the velocity: what lies there
-    place_weight: float = 0.5  # and where its middle is; both 0: nothing is asked
+    middle_weight: float = 0.5  # and where its middle is; both 0: nothing is asked
 
 
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -122,15 +122,15 @@ class Asked(nn.Module):
     def __init__(self, hidden: int, patch: int):
         super().__init__()
         self.patch = patch
-        self.counts = (1 + len(KINDS), 1 + len(COLOURS), 3)  # 0 is the ground
+        self.counts = (1 + len(SHAPE_LABELS), 1 + len(COLOURS), 3)  # 0 is the ground
         self.linear = nn.Linear(hidden, patch**2 * sum(self.counts))
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
 
-    def forward(self, tokens: Tensor, labels: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """tokens: [B, L, D]; labels, places: see render.truth.
+    def forward(self, tokens: Tensor, labels: Tensor, middles: Tensor) -> tuple[Tensor, Tensor]:
+        """tokens: [B, L, D]; labels, middles: see render.truth.
 
-        Returns, each [B], the cross-entropy of the labels and the absolute error of the places
+        Returns, each [B], the cross-entropy of the labels and the absolute error of the middles
         (0 on the ground), means over the pixels.
         """
         said = rearrange(
@@ -140,10 +140,10 @@ class Asked(nn.Module):
             p=self.patch,
             q=self.patch,
         )
-        shapes, colours, middles = said.split(self.counts, dim=1)
+        shapes, colours, ways = said.split(self.counts, dim=1)
         wrong = F.cross_entropy(shapes, labels[:, 0], reduction="none")
         wrong = wrong + F.cross_entropy(colours, labels[:, 1], reduction="none")
-        missed = ((middles - places).abs() * (labels[:, :1] > 0)).sum(1)
+        missed = ((ways - middles).abs() * (labels[:, :1] > 0)).sum(1)
         return wrong.flatten(1).mean(1), missed.flatten(1).mean(1)
 
 
@@ -169,7 +169,7 @@ class ShelfTask:
         self.config, self.device, self.dtype, self.draw = config, device, dtype, draw
         self.objective = RectifiedFlow(LogitNormal(0, 1), Schedule(config.shift))
         self.asked = Asked(model.config.hidden_size, model.config.patch_size).to(device)
-        asks = config.label_weight or config.place_weight
+        asks = config.label_weight or config.middle_weight
         head = dict(self.asked.named_parameters(prefix="asked")) if asks else {}
         self.parameters: Parameters = {**dict(model.named_parameters()), **head}
 
@@ -190,14 +190,14 @@ class ShelfTask:
             noise.to(self.device),
             self.objective.draw(u),
         )
-        label, place = self.config.label_weight, self.config.place_weight
-        if not (label or place):
+        label, middle = self.config.label_weight, self.config.middle_weight
+        if not (label or middle):
             return Losses(each)
         wrong, missed = self.asked(
             between[0], *(one.to(self.device) for one in shelf.truth(places))
         )
-        logs = {"velocity": each, "labels": wrong, "places": missed}
-        return Losses(each + label * wrong + place * missed, logs)
+        logs = {"velocity": each, "labels": wrong, "middles": missed}
+        return Losses(each + label * wrong + middle * missed, logs)
 
     def _shelf(self, step: int) -> Shelf:
         left = chance(self.config.seed, step, "shelf") * sum(share for _, share in self.shelves)

@@ -301,7 +301,7 @@ class Maker:
         return self._shelf_folder / f"{size[0]}x{size[1]}-held.safetensors"
 
 
-STAGES: dict[str, Callable[[Maker], Path]] = {
+IN_ORDER: dict[str, Callable[[Maker], Path]] = {  # the stages of a model from nothing
     "words": Maker.words,
     "basis": Maker.basis,
     "vae": Maker.vae,
@@ -312,5 +312,4 @@ STAGES: dict[str, Callable[[Maker], Path]] = {
     "flow-128": Maker.flow_128,
     "pack": Maker.pack,
 }
-IN_ORDER = tuple(STAGES)  # of a model from nothing
-STAGES["unpack"] = Maker.unpack
+STAGES = {**IN_ORDER, "unpack": Maker.unpack}

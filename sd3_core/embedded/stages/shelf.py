@@ -98,7 +98,7 @@ def write_shelf(
             for one, number in zip(scenes, some, strict=True)
         ]
         chunk = {"latents": encoders.see(scenes), **encoders.read(captions)}
-        labels, chunk["places"] = truth(scenes)
+        labels, chunk["middles"] = truth(scenes)
         halves = {name: tensor.half().cpu() for name, tensor in chunk.items()}
         chunks.append({"labels": labels, **halves})
     tensors = {name: torch.cat([chunk[name] for chunk in chunks]) for name in chunks[0]}
@@ -120,8 +120,8 @@ class Shelf:
         return self.tensors["latents"][places].float()
 
     def truth(self, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Labels [B, 2, h, w] and places [B, 3, h, w], see render.truth."""
-        return self.tensors["labels"][places].long(), self.tensors["places"][places].float()
+        """Labels [B, 2, h, w] and middles [B, 3, h, w], see render.truth."""
+        return self.tensors["labels"][places].long(), self.tensors["middles"][places].float()
 
     def conditioning(
         self, places: Tensor, untold: Tensor, dropped: Mapping[str, Tensor]
