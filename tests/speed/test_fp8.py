@@ -77,7 +77,8 @@ def test_a_layer_with_an_attached_lora_runs_as_it_stands():
 
 
 def test_the_embedded_model_draws_in_float8_at_a_measured_distance(on_cpu):
-    wanted = Settings("a red circle", seed=1, device="cpu", steps=8, fp8=True)
+    # Over more steps the slightest change may put a whole thing somewhere else.
+    wanted = Settings("a red circle", seed=1, device="cpu", steps=2, fp8=True)
     result = generate(Files(checkpoint=FILE), wanted, measure=True)
     assert 1e-3 < result.distance < 0.2
     assert {gain.name: gain.active for gain in result.gains}["fp8"]
