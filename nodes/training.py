@@ -418,7 +418,8 @@ def rare_inputs(pairs: bool) -> list[Any]:
             options=list(OPTIMIZERS),
             default="adamw",
             optional=True,
-            tooltip="adafactor needs least memory; adamw_8bit and prodigy need extra packages.",
+            tooltip="adafactor needs least memory; muon is for whole models; adamw_8bit and "
+            "prodigy need extra packages.",
         ),
         io.Combo.Input(
             "lr_schedule",

@@ -15,7 +15,7 @@ from ..settings import FLAGS, Files
 from ..text.encoders import ENCODERS
 from .folders import Source
 
-OPTIMIZERS = ("adamw", "adafactor", "adamw_8bit", "prodigy")
+OPTIMIZERS = ("adamw", "adafactor", "muon", "adamw_8bit", "prodigy")
 LR_SCHEDULES = ("constant", "cosine")
 TEXT_ENCODERS_STAY = "text encoders are not trained here: a LoRA changes the MMDiT alone"
 _OF_TEXT_ENCODERS = re.compile(

@@ -2,6 +2,7 @@
 
 import importlib
 import math
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -11,11 +12,14 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .config import LoopConfig
+from .muon import Muon
 
 Parameters = Mapping[str, nn.Parameter]  # what is trained, by its name in the network
 
 
 PACKAGES = {"adamw_8bit": "bitsandbytes", "prodigy": "prodigyopt"}
+_IN_A_BLOCK = re.compile(r"(blocks?|layers)\.\d+\.")
+_STACKED = re.compile(r"(qkv|adaLN_modulation\.1)\.weight$")
 
 
 def optimizer_package(config: LoopConfig) -> Any:
@@ -30,7 +34,7 @@ def optimizer_package(config: LoopConfig) -> Any:
     except ImportError as error:
         raise ValueError(
             f"optimizer is {config.optimizer!r}, which needs the package {module} "
-            f"(pip install {module}); adamw and adafactor need none."
+            f"(pip install {module}); adamw, adafactor and muon need none."
         ) from error
 
 
@@ -44,6 +48,15 @@ def make_optimizer(parameters: Parameters, config: LoopConfig) -> torch.optim.Op
     if config.optimizer == "adamw":
         return torch.optim.AdamW(
             trained, lr=rate, betas=config.betas, eps=config.eps, weight_decay=decay
+        )
+    if config.optimizer == "muon":
+        return Muon(
+            trained,
+            [matrices_in(name, parameter) for name, parameter in parameters.items()],
+            lr=rate,
+            betas=config.betas,
+            eps=config.eps,
+            weight_decay=decay,
         )
     package = optimizer_package(config)
     if config.optimizer == "adamw_8bit":
@@ -59,6 +72,15 @@ def make_optimizer(parameters: Parameters, config: LoopConfig) -> torch.optim.Op
         safeguard_warmup=True,
         use_bias_correction=True,
     )
+
+
+def matrices_in(name: str, parameter: Tensor) -> int:
+    """How many matrices of a block this stacks; 0: it is a vector, or outside the blocks, where
+    rows are tokens, pixels or times and not directions to be balanced."""
+    if parameter.ndim != 2 or not _IN_A_BLOCK.search(name):
+        return 0
+    rows, columns = parameter.shape
+    return rows // columns if _STACKED.search(name) and rows % columns == 0 else 1
 
 
 def learning_rate(config: LoopConfig, step: int) -> float:

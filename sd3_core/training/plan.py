@@ -23,7 +23,13 @@ KEPT_LORA = 20.0  # a LoRA on attention and MLP
 KEPT_FULL = 25.5  # everything trained
 KEPT_DUAL = 5.5  # the second attention of a dual block, besides
 KEPT_RECOMPUTED = 1.1  # the block's input alone
-OPTIMIZER_BYTES = {"adamw": 8.0, "adafactor": 0.1, "adamw_8bit": 2.1, "prodigy": 16.0}
+OPTIMIZER_BYTES = {
+    "adamw": 8.0,
+    "adafactor": 0.1,
+    "muon": 4.0,
+    "adamw_8bit": 2.1,
+    "prodigy": 16.0,
+}
 
 
 @dataclass(frozen=True)

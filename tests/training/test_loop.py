@@ -21,7 +21,7 @@ from sd3_pack.sd3_core.training.optimizers import (
 )
 from toy_task import TOY, ToyTask, train_toy
 
-OPTIMIZERS = ("adamw", "adafactor")
+OPTIMIZERS = ("adamw", "adafactor", "muon")
 
 
 class Stop(Exception):
