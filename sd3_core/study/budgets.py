@@ -35,14 +35,14 @@ class Budget:
 
 BUDGETS = {
     "half-hour": Budget(
-        what="about 35 minutes of one core",
+        what="about 45 minutes of one core",
         scenes=4096,
         large_scenes=1024,
         steps=500,
         batch_size=16,
         learning_rate=3e-3,
         pictures=64,
-        prompts=3,
+        prompts=8,
         large_steps=80,
         vae_steps=150,
         vae_batch_size=8,
