@@ -12,6 +12,7 @@ from typing import Any
 from ..checkpoints.save import save_bytes
 from .budgets import Budget
 from .cells import Table
+from .measurements import CFG
 from .rows.claims import Chart, Claim, Row
 from .statistics import RULE, Interval, interval
 
@@ -34,7 +35,16 @@ class Outcome:
 
     @property
     def charts(self) -> list[Chart]:
-        """Those with something in them."""
+        """Those with something in them that is not 0."""
+        return [chart for chart in self._measured if any(map(any, all_values(chart)))]
+
+    @property
+    def zeros(self) -> list[Chart]:
+        """Those with nothing but 0 in them."""
+        return [chart for chart in self._measured if not any(map(any, all_values(chart)))]
+
+    @property
+    def _measured(self) -> list[Chart]:
         every = self.row.charts(self.budget, self.table)
         return [chart for chart in every if any(curve.points for curve in chart.curves)]
 
@@ -45,6 +55,10 @@ class Outcome:
     @property
     def complete(self) -> bool:
         return len(self.table.cells) == self.wanted
+
+
+def all_values(chart: Chart) -> Iterable[Sequence[float]]:
+    return (values for curve in chart.curves for values in curve.points.values())
 
 
 def write_report(
@@ -100,8 +114,8 @@ def markdown(
 ) -> str:
     """The report.  figures: file by row."""
     every = [claim for outcome in outcomes for claim in outcome.claims]
-    counts = {verdict: sum(claim.verdict == verdict for claim in every) for verdict in VERDICTS}
-    said = ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count)
+    papers = [claim for claim in every if not claim.own]
+    ours = [claim for claim in every if claim.own]
     lines = [
         "# The paper in miniature",
         "",
@@ -110,19 +124,23 @@ def markdown(
         "billion. That a claim is not shown here says that it does not show at this size and with "
         "this much training; it says nothing against the paper.",
         "",
-        f"Of {len(every)} claims: {said}.",
+        f"Of {len(papers)} claims of the paper: {counted(papers)}. Of {len(ours)} questions of our "
+        f"own and checks, *own* in the tables: {counted(ours)}.",
         "",
         f"**The rule.** {RULE}",
         "",
         f"**The budget.** `{name}` ({budget.what}): {budget.seeds} seeds; arms of depth "
         f"{', '.join(map(str, budget.depths))} learn {budget.steps} steps of {budget.batch_size} "
         f"pictures of 64 px with one thing each, and draw {budget.pictures} prompts; the shipped "
-        f"model draws {budget.prompts} prompts of each of six categories with every seed.",
+        f"model draws {budget.prompts} prompts of each of six categories with every seed. Arms are "
+        f"drawn with cfg {CFG:g}, the shipped model with its own settings but for what a row "
+        "varies.",
         "",
         f"**The machine.** {machines(outcomes)}",
         "",
         "*Attributes right*: of what the prompts ask for (number, shape, colour, size, place, "
-        "ground), the share that the checker finds. *Pictures right*: those in which nothing is "
+        "ground), the share that the checker finds; any one thing has some of them right, so "
+        "near 30 % a difference can hardly show. *Pictures right*: those in which nothing is "
         "wrong. *FID*: Fréchet distance of fixed features, in percent of the true pictures' "
         "variance, from few pictures; it compares within this report and with nothing else.",
         "",
@@ -139,6 +157,11 @@ def markdown(
 
 
 VERDICTS = ("shown", "not shown", "reversed", "not measured")
+
+
+def counted(claims: Sequence[Claim]) -> str:
+    counts = {verdict: sum(claim.verdict == verdict for claim in claims) for verdict in VERDICTS}
+    return ", ".join(f"{count} {verdict}" for verdict, count in counts.items() if count) or "none"
 
 
 def machines(outcomes: Iterable[Outcome]) -> str:
@@ -164,12 +187,15 @@ def section(outcome: Outcome, figure_name: str | None) -> list[str]:
     ]
     for claim in outcome.claims:
         ours, between = shown_interval(claim.interval, claim.unit)
+        paper = f"*own*: {claim.paper}" if claim.own else claim.paper
         lines.append(
-            f"| {claim.text} | {claim.paper} | {ours} | {between} | {len(claim.values)} "
+            f"| {claim.text} | {paper} | {ours} | {between} | {len(claim.values)} "
             f"| {claim.verdict} |"
         )
     for chart in outcome.charts:
         lines += ["", *numbers_table(chart)]
+    for chart in outcome.zeros:
+        lines += ["", f"{chart.up}: 0 everywhere; nothing can be told from it."]
     if figure_name:
         lines += ["", f"![{row.title}]({figure_name})"]
     command = f"python -m sd3_core study {row.name}"
@@ -177,7 +203,7 @@ def section(outcome: Outcome, figure_name: str | None) -> list[str]:
     if row.workflow:
         again += f", or the workflow `{row.workflow}`"
     if outcome.seconds:
-        again += f"; {outcome.seconds:.0f} s of measuring (what rows share counts in the first)"
+        again += f"; {outcome.seconds:.0f} s of measuring (what rows share counts in each)"
     return [*lines, "", f"{again}."]
 
 
@@ -270,6 +296,11 @@ def panel(axes: Any, chart: Chart) -> None:
         )
     if chart.logarithmic:
         axes.set_xscale("log")
+        measured = sorted({float(x) for curve in chart.curves for x in curve.points})
+        axes.set_xticks(measured, [f"{x:g}" for x in measured])
+        axes.minorticks_off()
+    if chart.logarithmic_up:
+        axes.set_yscale("log")
     axes.set_xlabel(chart.across)
     axes.set_ylabel(chart.up)
     axes.tick_params(axis="x", labelrotation=20)

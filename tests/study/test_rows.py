@@ -144,7 +144,31 @@ def test_the_report_says_rule_machine_and_verdict(tiny):
     assert "| one, two | 1.5 | +2.50 dB | +1.26 to +3.74 | 3 | shown |" in text
     assert "| 1 | 2.50 ± 1.24 |" in text
     assert "![A title](p.png)" in text
-    assert "Of 1 claims: 1 shown." in text
+    assert "Of 1 claims of the paper: 1 shown. Of 0 questions of our own" in text
+
+
+def test_questions_of_our_own_are_counted_apart(tiny):
+    outcome = outcome_of([2.0, 2.5, 3.0], tiny)
+    mine = replace(outcome.claims[0], own=True)
+    row = replace(outcome.row, claims=lambda budget, table: [mine])
+    text = markdown([replace(outcome, row=row)], "tiny", tiny, {})
+    assert "Of 0 claims of the paper: none. Of 1 questions of our own and checks" in text
+    assert "| one, two | *own*: 1.5 | +2.50 dB |" in text
+
+
+def test_numbers_that_are_all_0_are_a_sentence(tiny):
+    text = markdown([outcome_of([0.0, 0.0, 0.0], tiny)], "tiny", tiny, {})
+    assert "y: 0 everywhere" in text
+    assert "0 ± 0" not in text
+
+
+def test_an_interval_of_correlations_stays_between_minus_1_and_1():
+    claim = Claim("one goes with the other", "strong", "of 1", (0.2, 0.9, 0.99), correlated=True)
+    found = claim.interval
+    assert found is not None
+    assert -1 < found.low < 0.2 < found.mean < found.high < 1
+    assert claim.verdict == "not shown"
+    assert replace(claim, values=(1.0, 1.0, 1.0)).interval.mean == pytest.approx(1)
 
 
 def test_the_terminal_has_the_table_too(tiny):

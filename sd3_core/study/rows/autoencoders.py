@@ -40,6 +40,7 @@ def claims(budget: Budget, table: Table) -> list[Claim]:
                         f"{theirs[1]:g} against {theirs[0]:g}",
                         unit,
                         differences(table, (names[0], quantity), (names[1], quantity), falls=falls),
+                        own=kind != "VAE",  # more components cannot be worse
                     )
                 )
     return found

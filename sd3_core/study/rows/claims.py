@@ -9,12 +9,12 @@ from ..budgets import Budget
 from ..cells import Table
 from ..lab import Measurement
 from ..measurements import ArmScore
-from ..statistics import Interval, Verdict, interval
+from ..statistics import Interval, Verdict, interval, interval_of_correlations
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A difference that the paper has above 0.
+    """A difference that is above 0 where the text holds.
 
     values: ours, one for each seed; none: not measured (yet).
     """
@@ -23,10 +23,14 @@ class Claim:
     paper: str  # its number, with what it counts
     unit: str
     values: tuple[float, ...]
+    own: bool = False  # a question of ours or a check: the paper does not claim it
+    correlated: bool = False  # the values are correlations
 
     @property
     def interval(self) -> Interval | None:
-        return interval(self.values) if self.values else None
+        if not self.values:
+            return None
+        return (interval_of_correlations if self.correlated else interval)(self.values)
 
     @property
     def verdict(self) -> Verdict:
@@ -49,6 +53,7 @@ class Chart:
     up: str
     curves: tuple[Curve, ...]
     logarithmic: bool = False  # the axis across
+    logarithmic_up: bool = False
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def subset_claims(budget: Budget, table: Table) -> list[Claim]:
             paper = "without T5 46 % of votes for adherence, 38 % for typography"
         name = subset_cell(budget, subset).label
         values = differences(table, (whole, "attributes"), (name, "attributes"))
-        claims.append(Claim(text, paper, "points", values))
+        claims.append(Claim(text, paper, "points", values, own=paper == "no number"))
     return claims
 
 
@@ -150,7 +150,7 @@ def scale_claims(budget: Budget, table: Table) -> list[Claim]:
             against(3, 1),
         ),
         Claim("cfg 5 scores more than none", "as above", "points", against(5, 1)),
-        Claim("cfg 3 scores more than 7", "no number", "points", against(3, 7)),
+        Claim("cfg 3 scores more than 7", "no number", "points", against(3, 7), own=True),
     ]
 
 

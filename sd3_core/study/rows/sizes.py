@@ -49,6 +49,7 @@ def steps_claims(budget: Budget, table: Table) -> list[Claim]:
     lost = {d: losses(budget, table, name_of(budget, d)) for d in (shallow, deep)}
     both = sorted(set(lost[shallow]) & set(lost[deep]))
     names = [shipped(budget, steps).label for steps in (few, many)]
+    gains = differences(table, (names[1], "attributes"), (names[0], "attributes"))
     return [
         Claim(
             f"{few} steps lose score against {many}, depth {shallow}",
@@ -71,8 +72,11 @@ def steps_claims(budget: Budget, table: Table) -> list[Claim]:
         Claim(
             f"{few} steps lose score against {many}, {SHIPPED}",
             "2.71 to 4.30 %",
-            "points",
-            differences(table, (names[1], "attributes"), (names[0], "attributes")),
+            "%",
+            tuple(
+                100 * gained / max(table.number(names[1], seed, "attributes"), 1e-9)
+                for seed, gained in zip(table.seeds(*names), gains, strict=True)
+            ),
         ),
     ]
 
@@ -198,10 +202,12 @@ def scaling_claims(budget: Budget, table: Table) -> list[Claim]:
         names = points[depth, False].label, points[depth, True].label
         values = differences(table, (names[0], "loss"), (names[1], "loss"), falls=True)
         text = f"depth {depth}: twice the steps lower the validation loss"
-        claims.append(Claim(text, "smooth fall with steps; no number read", "loss", values))
+        claims.append(Claim(text, "a check of the training", "loss", values, own=True))
     names = [one.label for one in points.values()]
-    for quantity, what in ((f"attributes@{steps}", "score"), (f"fid@{steps}", "1 / FID")):
-        sign = -1 if what == "score" else 1
+    for quantity, what, sign, paper in (
+        (f"attributes@{steps}", "the other way", -1, "strong, with GenEval, CompBench and votes"),
+        (f"fid@{steps}", "the same way", 1, "FID is not said"),
+    ):
         values = tuple(
             sign
             * correlation(
@@ -210,8 +216,9 @@ def scaling_claims(budget: Budget, table: Table) -> list[Claim]:
             )
             for seed in table.seeds(*names)
         )
-        text = f"the validation loss tells the {what}: correlation over depths and steps"
-        claims.append(Claim(text, "strong, with GenEval, CompBench and votes", "of 1", values))
+        name = "score" if sign < 0 else "FID"
+        text = f"the {name} goes {what} as the validation loss: correlation over depths and steps"
+        claims.append(Claim(text, paper, "of 1", values, own=sign > 0, correlated=True))
     return claims
 
 
@@ -225,15 +232,15 @@ def scaling_charts(budget: Budget, table: Table) -> list[Chart]:
         curves = []
         for depth in budget.depths:
             at = {
-                petaflops(budget, depth, half=half): (points[depth, half].label, quantity)
+                gigaflops(budget, depth, half=half): (points[depth, half].label, quantity)
                 for half in (True, False)
             }
             curves.append(curve(f"depth {depth}", table, at))
-        charts.append(Chart("training compute, PFLOP", up, tuple(curves), logarithmic=True))
+        charts.append(Chart("training compute, GFLOP", up, tuple(curves), logarithmic=True))
     return charts
 
 
-def petaflops(budget: Budget, depth: int, *, half: bool) -> float:
+def gigaflops(budget: Budget, depth: int, *, half: bool) -> float:
     """Of training: 6 per weight of the blocks and token, adaLN left out; three significant digits.
 
     Tokens: 16 of the picture, 48 of the text.
@@ -241,7 +248,7 @@ def petaflops(budget: Budget, depth: int, *, half: bool) -> float:
     tokens, width = 64, 64 * depth
     per_sample = 6 * 12 * width**2 * depth * tokens
     steps = budget.steps // 2 if half else budget.steps
-    return float(f"{per_sample * steps * budget.batch_size / 1e15:.3g}")
+    return float(f"{per_sample * steps * budget.batch_size / 1e9:.3g}")
 
 
 SCALING = Row(
