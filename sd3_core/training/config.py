@@ -187,6 +187,11 @@ class TrainConfig(LoopConfig):
                 "lora_dropout must be 0 for DPO: winner, loser and reference have to meet the same "
                 "network."
             )
+        if self.trains_lora and self.optimizer == "muon":
+            raise ValueError(
+                "optimizer is 'muon', which is for whole models (method full or scratch); for a "
+                "LoRA choose adamw, adafactor, adamw_8bit or prodigy."
+            )
         if self.trains_lora and self.qk_norm:
             raise ValueError(
                 'qk_norm = true adds weights that no LoRA file can carry: use method = "full".'

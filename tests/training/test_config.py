@@ -75,6 +75,7 @@ def test_settings_that_are_given_away_hold_no_folders():
         ({"betas": [0.9, 1.5]}, "two numbers in 0..1"),
         ({"learning_rate": 0}, "learning_rate is 0"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"optimizer": "muon"}, "optimizer is 'muon', which is for whole models"),
         ({"optimizer": "sgd"}, "optimizer is 'sgd'; expected one of adamw, adafactor"),
         ({"lr_schedule": "linear"}, "lr_schedule is 'linear'"),
         ({"method": "dreambooth"}, "method is 'dreambooth'"),
