@@ -152,8 +152,8 @@ def _lie(draw: random.Random, entries: dict) -> None:
             entries[draw.choice(("x", one.upper(), "model." + one))] = entries.pop(one)
         case 6 if isinstance(entries[one].get("shape"), list):
             draw.shuffle(entries[one]["shape"])
-        case 7 if entries[one].get("shape"):
-            entries[one]["shape"][0] = draw.choice(JUNK)
+        case 7 if isinstance(shape := entries[one].get("shape"), list) and shape:
+            shape[0] = draw.choice(JUNK)
         case 8:
             entries[one] = draw.choice(JUNK)
         case _:
