@@ -23,8 +23,8 @@ from ..sd3_core.checkpoints.save import save_tensors
 from ..sd3_core.schedule import Schedule, Window
 from ..sd3_core.text.encoders import ENCODERS
 from ..sd3_core.training.config import (
+    LORA_OPTIMIZERS,
     LR_SCHEDULES,
-    OPTIMIZERS,
     TrainConfig,
     make_config,
     read_toml,
@@ -415,11 +415,10 @@ def rare_inputs(pairs: bool) -> list[Any]:
         ),
         io.Combo.Input(
             "optimizer",
-            options=list(OPTIMIZERS),
+            options=list(LORA_OPTIMIZERS),
             default="adamw",
             optional=True,
-            tooltip="adafactor needs least memory; muon is for whole models; adamw_8bit and "
-            "prodigy need extra packages.",
+            tooltip="adafactor needs least memory; adamw_8bit and prodigy need extra packages.",
         ),
         io.Combo.Input(
             "lr_schedule",

@@ -36,7 +36,7 @@ def pick_device(wanted: str = "auto") -> torch.device:
 def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     """The dtype of the MMDiT and the CLIPs.  wanted: auto, bf16, fp16 or fp32."""
     if wanted == "auto":
-        return torch.bfloat16 if _computes_bf16(device) else torch.float32
+        return torch.bfloat16 if computes_bf16(device) else torch.float32
     if wanted not in DTYPES:
         raise ValueError(f"dtype is {wanted!r}; choose auto, {', '.join(DTYPES)}.")
     return DTYPES[wanted]
@@ -46,7 +46,7 @@ def wide_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     """The dtype of T5 and the VAE beside an MMDiT in `dtype`: never float16."""
     if dtype != torch.float16:
         return dtype
-    return torch.bfloat16 if _computes_bf16(device) else torch.float32
+    return torch.bfloat16 if computes_bf16(device) else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -61,7 +61,7 @@ def processor_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _computes_bf16(device: torch.device) -> bool:
+def computes_bf16(device: torch.device) -> bool:
     # Before Ampere (8.0) CUDA accepts bfloat16 and emulates it, far slower than float32.
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 

@@ -17,7 +17,19 @@ from .rows.claims import Chart, Claim, Row
 from .statistics import RULE, Interval, interval
 
 NAME = "paper"  # of the files
-COLUMNS = ("row", "claim", "paper", "unit", "mean", "low", "high", "seeds", "verdict", "values")
+COLUMNS = (
+    "row",
+    "claim",
+    "whose",
+    "paper",
+    "unit",
+    "mean",
+    "low",
+    "high",
+    "seeds",
+    "verdict",
+    "values",
+)
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,7 @@ def as_csv(outcomes: Iterable[Outcome]) -> str:
                 [
                     outcome.row.name,
                     claim.text,
+                    "own" if claim.own else "paper",
                     claim.paper,
                     claim.unit,
                     *(f"{number:.6g}" if math.isfinite(number) else "" for number in numbers),

@@ -15,7 +15,8 @@ from ..settings import FLAGS, Files
 from ..text.encoders import ENCODERS
 from .folders import Source
 
-OPTIMIZERS = ("adamw", "adafactor", "muon", "adamw_8bit", "prodigy")
+LORA_OPTIMIZERS = ("adamw", "adafactor", "adamw_8bit", "prodigy")
+OPTIMIZERS = (*LORA_OPTIMIZERS, "muon")  # that one for the matrices of a whole model
 LR_SCHEDULES = ("constant", "cosine")
 TEXT_ENCODERS_STAY = "text encoders are not trained here: a LoRA changes the MMDiT alone"
 _OF_TEXT_ENCODERS = re.compile(
@@ -37,7 +38,7 @@ class LoopConfig:
     weight_decay: float = 0.01
     warmup: int = 100  # steps in which the learning rate rises from 0
     lr_schedule: str = "constant"  # of LR_SCHEDULES, after the warm-up
-    clip: float = 1.0  # largest norm of the gradient; 0: not limited
+    clip: float = 1.0  # largest norm of the gradient; 0: not limited; little acts on muon
     ema: float = 0.0  # decay of the averaged weights, e.g. 0.999; 0: none
     seed: int = 0
     checkpoint_every: int = 100  # steps between saved states
@@ -187,10 +188,10 @@ class TrainConfig(LoopConfig):
                 "lora_dropout must be 0 for DPO: winner, loser and reference have to meet the same "
                 "network."
             )
-        if self.trains_lora and self.optimizer == "muon":
+        if self.trains_lora and self.optimizer not in LORA_OPTIMIZERS:
             raise ValueError(
-                "optimizer is 'muon', which is for whole models (method full or scratch); for a "
-                "LoRA choose adamw, adafactor, adamw_8bit or prodigy."
+                f"optimizer is {self.optimizer!r}, which is for whole models (method full or "
+                f"scratch); for a LoRA choose one of {', '.join(LORA_OPTIMIZERS)}."
             )
         if self.trains_lora and self.qk_norm:
             raise ValueError(

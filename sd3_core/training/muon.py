@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..precision import computes_bf16
+
+AT_ONCE = 2**26  # elements in one round: about 1 GB beside what is kept
 NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # Jordan et al. 2024
 ROUNDS = 5
 SCALE = 0.2  # root mean square of an update, as AdamW's: both take the same learning rate
@@ -61,34 +64,49 @@ class Muon(torch.optim.Optimizer):
             one.addcdiv_(mean, square.sqrt_().add_(group["eps"]), value=-group["lr"])
 
     def _muon(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Matrices of one shape go through the rounds together."""
-        alike: dict[tuple[int, ...], list[tuple[nn.Parameter, Tensor]]] = {}
+        """Matrices of one shape go through the rounds together, a handful at a time."""
+        alike: dict[tuple[int, int], list[nn.Parameter]] = {}
         for one in parameters:
-            state, gradient = self.state[one], one.grad
-            assert gradient is not None
-            if not state:
-                state["mean"] = torch.zeros_like(one)
-            mean = state["mean"].lerp_(gradient, 1 - group["momentum"])
-            ahead = gradient.lerp(mean, group["momentum"]).unflatten(0, (self.parts[one], -1))
-            alike.setdefault(tuple(ahead.shape[1:]), []).append((one, ahead))
-        for shape, some in alike.items():
-            updates = orthogonalised(torch.cat([ahead for _, ahead in some]))
-            counts = [len(ahead) for _, ahead in some]
-            for (one, _), update in zip(some, updates.split(counts), strict=True):
-                one.add_(update.flatten(0, 1), alpha=-group["lr"] * SCALE * max(shape) ** 0.5)
+            shape = (one.shape[0] // self.parts[one], one.shape[1])
+            alike.setdefault(shape, []).append(one)
+        for shape, every in alike.items():
+            size = max(1, AT_ONCE // max(one.numel() for one in every))
+            length = group["lr"] * SCALE * max(shape) ** 0.5
+            for start in range(0, len(every), size):
+                some = every[start : start + size]
+                aheads = [self._ahead(one, group["momentum"]) for one in some]
+                updates = orthogonalised(torch.cat(aheads)).split([len(a) for a in aheads])
+                for one, update in zip(some, updates, strict=True):
+                    one.add_(update.flatten(0, 1), alpha=-length)
+
+    def _ahead(self, one: nn.Parameter, momentum: float) -> Tensor:
+        """Where the momentum leads, its matrices apart: [parts, n, m]."""
+        state, gradient = self.state[one], one.grad
+        assert gradient is not None
+        if not state:
+            state["mean"] = torch.zeros_like(one)
+        mean = state["mean"].lerp_(gradient, 1 - momentum)
+        return gradient.lerp(mean, momentum).unflatten(0, (self.parts[one], -1))
 
 
 def orthogonalised(matrices: Tensor) -> Tensor:
     """[B, n, m] with singular values of about 1 (0.7 to 1.2) in the place of theirs.
 
-    Rounds of Newton and Schulz's iteration with a quintic polynomial, in bfloat16: no more
-    precision is needed, and it is several times faster.
+    Rounds of Newton and Schulz's iteration with a quintic polynomial, in bfloat16 where that is
+    quick: no more precision is needed.
     """
     a, b, c = NEWTON_SCHULZ
     tall = matrices.shape[1] > matrices.shape[2]
-    x = (matrices.mT if tall else matrices).bfloat16()
+    quick = computes_bf16(matrices.device) or processor_multiplies_bf16(matrices.device)
+    x = (matrices.mT if tall else matrices).to(torch.bfloat16 if quick else torch.float32)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(ROUNDS):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return (x.mT if tall else x).to(matrices.dtype)
+
+
+def processor_multiplies_bf16(device: torch.device) -> bool:
+    """Elsewhere a processor's bfloat16 products take some twenty times as long as float32's."""
+    asked = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
+    return device.type == "cpu" and asked is not None and bool(asked())

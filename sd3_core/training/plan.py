@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..models.mmdit import MMDiT, MMDiTConfig
 from .config import TrainConfig
+from .optimizers import matrices_in
 from .report import counted
 
 GIB = 2**30
@@ -26,7 +27,7 @@ KEPT_RECOMPUTED = 1.1  # the block's input alone
 OPTIMIZER_BYTES = {
     "adamw": 8.0,
     "adafactor": 0.1,
-    "muon": 4.0,
+    "muon": 4.0,  # outside the blocks twice that
     "adamw_8bit": 2.1,
     "prodigy": 16.0,
 }
@@ -89,6 +90,8 @@ def estimate_memory(
     count = sum(parameter.numel() for parameter in parameters.values())
     beside = sum(_bytes(p) for p in parameters.values() if id(p) not in own)
     state = count * (4 + OPTIMIZER_BYTES[config.optimizer] + (4 if config.ema else 0))
+    if config.optimizer == "muon":
+        state += 4 * sum(p.numel() for name, p in parameters.items() if not matrices_in(name, p))
     kept = kept_per_token(model.config, config)
     pictures = config.batch_size * (2 if config.method == "dpo" else 1)
     activations = pictures * tokens * kept * model.config.hidden_size * dtype.itemsize

@@ -132,7 +132,7 @@ def test_csv_holds_a_line_for_each_claim(tiny):
     assert (first["mean"], first["verdict"], first["seeds"]) == ("2.5", "shown", "3")
     assert float(first["low"]) == pytest.approx(2.5 - 4.303 * 0.5 / math.sqrt(3), rel=1e-4)
     assert first["values"] == "2 2.5 3"
-    assert first["claim"] == "one, two"
+    assert (first["claim"], first["whose"]) == ("one, two", "paper")
     assert (empty["mean"], empty["verdict"]) == ("", "not measured")
     assert (alone["mean"], alone["low"], alone["verdict"]) == ("1", "", "not shown")
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from sd3_pack.sd3_core.training import muon
 from sd3_pack.sd3_core.training.config import LoopConfig
 from sd3_pack.sd3_core.training.muon import Muon, orthogonalised
 from sd3_pack.sd3_core.training.optimizers import (
@@ -90,7 +91,6 @@ def test_a_restored_optimizer_goes_on_bit_for_bit():
         ("joint_blocks.0.x_block.attn.qkv.weight", (576, 192), 3),
         ("joint_blocks.0.x_block.adaLN_modulation.1.weight", (1728, 192), 9),
         ("joint_blocks.0.x_block.mlp.fc1.weight", (768, 192), 1),
-        ("joint_blocks.0.x_block.attn.qkv.lora_down", (4, 192), 1),
         ("joint_blocks.0.x_block.attn.qkv.bias", (576,), 0),
         ("final_layer.adaLN_modulation.1.weight", (384, 192), 0),
         ("context_embedder.weight", (192, 256), 0),
@@ -98,6 +98,31 @@ def test_a_restored_optimizer_goes_on_bit_for_bit():
 )
 def test_which_matrices_a_parameter_stacks(name, size, count):
     assert matrices_in(name, torch.empty(size)) == count
+
+
+def test_a_handful_at_a_time_is_the_same_update(monkeypatch):
+    names = [f"blocks.{number}.fc.weight" for number in range(5)]
+
+    def learned(at_once):
+        monkeypatch.setattr(muon, "AT_ONCE", at_once)
+        draws = torch.Generator().manual_seed(3)
+        ours = {name: nn.Parameter(torch.randn(8, 12, generator=draws)) for name in names}
+        teach(ours, make_optimizer(ours, CONFIG), range(3))
+        return ours
+
+    whole, parts = learned(2**26), learned(2 * 8 * 12)
+    for name in names:
+        torch.testing.assert_close(whole[name], parts[name], rtol=1e-3, atol=1e-3)
+
+
+def test_without_quick_bfloat16_the_rounds_are_float32(monkeypatch):
+    matrices = torch.randn(2, 16, 24, generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(muon, "processor_multiplies_bf16", lambda device: True)
+    rounded = orthogonalised(matrices)
+    monkeypatch.setattr(muon, "processor_multiplies_bf16", lambda device: False)
+    exact = orthogonalised(matrices)
+    assert not torch.equal(exact, rounded)
+    torch.testing.assert_close(exact, rounded, rtol=0.02, atol=0.02)
 
 
 def test_parameters_without_a_gradient_stay():

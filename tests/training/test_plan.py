@@ -116,7 +116,7 @@ def test_the_training_state_is_counted_by_optimiser():
     with torch.device("meta"):
         model = MMDiT(SIZE)
     count = sum(parameter.numel() for parameter in model.parameters())
-    adamw, adafactor = (
+    adamw, adafactor, muon = (
         estimate_memory(
             model,
             dict(model.named_parameters()),
@@ -124,10 +124,11 @@ def test_the_training_state_is_counted_by_optimiser():
             tokens=100,
             dtype=torch.float32,
         )
-        for optimizer in ("adamw", "adafactor")
+        for optimizer in ("adamw", "adafactor", "muon")
     )
     assert adamw.trained == 12 * count  # gradient and two moments, float32
     assert adafactor.trained < 5 * count
+    assert 8 * count < muon.trained < 12 * count  # one moment for the blocks, two for the rest
     assert adamw.weights == 4 * (count + model.pos_embed.numel())
 
 

@@ -32,13 +32,11 @@ def steps_measured(budget: Budget) -> list[Measurement]:
     return [*depth_arms(budget), *(shipped(budget, steps) for steps in budget.sampling_steps)]
 
 
-def losses(budget: Budget, table: Table, name: str) -> dict[int, float]:
-    """By seed: percent of the score at many steps that is lost at few."""
-    few, many = budget.sampling_steps[0], budget.sampling_steps[-1]
+def losses(table: Table, many: tuple[str, str], few: tuple[str, str]) -> dict[int, float]:
+    """By seed: percent of the score at many steps that is lost at few; each a cell's quantity."""
     found = {}
-    for seed in table.seeds(name):
-        full = table.number(name, seed, f"attributes@{many}")
-        part = table.number(name, seed, f"attributes@{few}")
+    for seed in table.seeds(many[0], few[0]):
+        full, part = (table.number(name, seed, quantity) for name, quantity in (many, few))
         found[seed] = 100 * (full - part) / max(full, 1e-9)
     return found
 
@@ -46,10 +44,14 @@ def losses(budget: Budget, table: Table, name: str) -> dict[int, float]:
 def steps_claims(budget: Budget, table: Table) -> list[Claim]:
     few, many = budget.sampling_steps[0], budget.sampling_steps[-1]
     shallow, deep = budget.depths[0], budget.depths[-1]
-    lost = {d: losses(budget, table, name_of(budget, d)) for d in (shallow, deep)}
+    lost = {
+        depth: losses(
+            table, *((name_of(budget, depth), f"attributes@{steps}") for steps in (many, few))
+        )
+        for depth in (shallow, deep)
+    }
     both = sorted(set(lost[shallow]) & set(lost[deep]))
-    names = [shipped(budget, steps).label for steps in (few, many)]
-    gains = differences(table, (names[1], "attributes"), (names[0], "attributes"))
+    drawn = ((shipped(budget, steps).label, "attributes") for steps in (many, few))
     return [
         Claim(
             f"{few} steps lose score against {many}, depth {shallow}",
@@ -73,10 +75,7 @@ def steps_claims(budget: Budget, table: Table) -> list[Claim]:
             f"{few} steps lose score against {many}, {SHIPPED}",
             "2.71 to 4.30 %",
             "%",
-            tuple(
-                100 * gained / max(table.number(names[1], seed, "attributes"), 1e-9)
-                for seed, gained in zip(table.seeds(*names), gains, strict=True)
-            ),
+            tuple(losses(table, *drawn).values()),
         ),
     ]
 
