@@ -4,9 +4,9 @@
 
 A LoRA teaches a colour that the world does not have, from 32 pictures beside ordinary ones that
 keep what the model knew; DPO on the checker's own verdicts lifts a category whose prompts it never
-sees: with sd3-tiny-3 counting by five points, from 23.4 to 28.5 %.  That is half of what was hoped
-for: where three pictures of four are wrong, what sets a pair's winner apart is mostly chance (the
-pairs' accuracy ends at 0.67), and by 263 pairs there is little else to learn.
+sees: with sd3-tiny-3 counting by five points, from 23.4 to 28.5 %, by the best of four settings.
+Half of what was hoped for; a guess why: where three pictures of four are wrong, what sets a
+pair's winner apart is mostly chance (the accuracy on 263 pairs ends at 0.67).
 """
 
 import json
