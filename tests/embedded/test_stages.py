@@ -406,6 +406,7 @@ SMALLEST = Budget(
     flow_64=FlowStage(steps=3, batch_size=4, warmup=1),
     large=large_pictures(16),
     flow_128=FlowStage(steps=3, batch_size=4, warmup=1, shift=1.5),
+    readable=0.0,
 )
 
 
@@ -429,6 +430,11 @@ def test_all_stages_make_a_model_that_draws(tmp_path, monkeypatch):
         stage(maker)
     finished = [note for note in notes if note.endswith("is finished")]
     assert len(finished) == 5  # every stage that learns: nothing is done twice
+    strict = dataclasses.replace(
+        SMALLEST, flow_64=dataclasses.replace(SMALLEST.flow_64, steps=5), readable=0.99
+    )
+    with pytest.raises(ValueError, match=r"% of pictures readable.*give the stage vae more steps"):
+        Maker(tmp_path, strict, "cpu", "fp32").flow_64()
     longer = dataclasses.replace(SMALLEST.t5, steps=5)
     again = Maker(tmp_path, dataclasses.replace(SMALLEST, t5=longer), "cpu", "fp32")
     again.t5()

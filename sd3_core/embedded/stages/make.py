@@ -22,18 +22,20 @@ from typing import Any
 import torch
 
 from ...checkpoints.header import fingerprint
-from ...checkpoints.load import load_clip, load_t5
+from ...checkpoints.load import load_clip, load_t5, load_vae
 from ...precision import pick_device, pick_dtype
 from ...text.vocabularies import Tokenizers, find_tokenizers
 from ...training.config import LoopConfig, plain_settings
 from ...training.loop import OnNote, OnStep, Task, fit, ignore, product_path
 from ...training.run import open_run
+from ..checker import agreement
 from ..model import FILE, NAME
+from ..render import draw
 from ..scenes import KINDS
 from .basis import Basis, fit_basis
 from .flow import FlowStage, ShelfTask, compile_blocks, load_mmdit_to_train, new_mmdit
 from .pack import pack, unpack
-from .samples import HELD, TRAINING, Size
+from .samples import HELD, TRAINING, Size, scenes_of
 from .shelf import Encoders, Shelf, write_shelf
 from .text import CLIPStage, CLIPTask, T5Stage, T5Task
 from .vae import VAEStage, VAETask, new_vae
@@ -41,6 +43,7 @@ from .vae import VAEStage, VAETask, new_vae
 # What a run may change between two starts.
 FREE = ("steps", "checkpoint_every", "keep", "validate_every", "sample_every", "export_every")
 HELD_PICTURES = 128  # of each size, for the validation loss
+LARGE = (128, 128)
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Budget:
     flow_64: FlowStage
     large: tuple[Numbers, ...]  # shelves of flow-128
     flow_128: FlowStage
+    readable: float = 0.99  # of large pictures, through the VAE, before the MMDiT learns anything
 
 
 def small_pictures(count: int) -> tuple[Numbers, ...]:
@@ -74,8 +78,8 @@ def large_pictures(count: int) -> tuple[Numbers, ...]:
     """Mostly squares, half of them with one thing; a sixth of each of two other aspects."""
     other = count // 6
     return (
-        Numbers((128, 128), range(count), 0.4),
-        Numbers((128, 128), range(count, 2 * count), 0.4, {"single": 1.0}),
+        Numbers(LARGE, range(count), 0.4),
+        Numbers(LARGE, range(count, 2 * count), 0.4, {"single": 1.0}),
         Numbers((128, 96), range(2 * count, 2 * count + other), 0.1),
         Numbers((96, 128), range(2 * count + other, 2 * count + 2 * other), 0.1),
     )
@@ -245,6 +249,7 @@ class Maker:
         self, stage: str, config: FlowStage, shelves: tuple[Numbers, ...], start: Path | None
     ) -> Path:
         def task() -> ShelfTask:
+            self._check_vae()
             model = new_mmdit(config.seed) if start is None else load_mmdit_to_train(start)
             if self.compiled:
                 compile_blocks(model)
@@ -255,6 +260,21 @@ class Maker:
         names = [self._shelf(numbers).name for numbers in shelves]
         origin = {} if start is None else {"start": fingerprint(start)}
         return self._run(stage, task, config, {"shelves": names, **origin})
+
+    @torch.inference_mode()
+    def _check_vae(self) -> None:
+        """What the VAE loses no MMDiT can draw.  Raises ValueError when that is too much."""
+        place, _ = self.machine
+        scenes = scenes_of(HELD, range(HELD_PICTURES), LARGE)
+        vae = load_vae(self.product("vae"), dtype=torch.float32, device=place)
+        drawn = [vae.decode(vae.encode(some).mean) for some in draw(scenes, place).split(16)]
+        share = agreement(torch.cat(drawn).clamp(-1, 1), scenes)
+        self.on_note(f"vae: {share:.1%} of pictures are read right through it")
+        if share < self.budget.readable:
+            raise ValueError(
+                f"the VAE keeps {share:.1%} of pictures readable, {self.budget.readable:.0%} are "
+                "wanted before the MMDiT is trained: give the stage vae more steps."
+            )
 
     def _run(
         self,
