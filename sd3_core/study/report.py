@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.save import save_bytes
+from ..embedded.model import NAME as SHIPPED
 from .budgets import Budget
 from .cells import Table
 from .measurements import CFG
@@ -145,9 +146,9 @@ def markdown(
         f"**The budget.** `{name}` ({budget.what}): {budget.seeds} seeds; arms of depth "
         f"{', '.join(map(str, budget.depths))} learn {budget.steps} steps of {budget.batch_size} "
         f"pictures of 64 px with one thing each, and draw {budget.pictures} prompts; the shipped "
-        f"model draws {budget.prompts} prompts of each of six categories with every seed. Arms are "
-        f"drawn with cfg {CFG:g}, the shipped model with its own settings but for what a row "
-        "varies.",
+        f"model, {SHIPPED}, draws {budget.prompts} prompts of each of six categories with every "
+        f"seed. Arms are drawn with cfg {CFG:g}, the shipped model with its own settings but for "
+        "what a row varies.",
         "",
         f"**The machine.** {machines(outcomes)}",
         "",

@@ -1,7 +1,6 @@
 """The embedded model itself: what is in its file, and that it still draws as well as is claimed."""
 
 import json
-import math
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,23 @@ from sd3_pack.sd3_core.embedded.score import score
 from sd3_pack.sd3_core.embedded.stages.samples import HELD
 from sd3_pack.sd3_core.embedded.stages.vae import psnr
 from sd3_pack.sd3_core.models.vae import to_model_space
-from sd3_pack.sd3_core.settings import Files
+from sd3_pack.sd3_core.settings import Files, Settings
 
 README = Path(__file__).parent.parent.parent / "README.md"
-CLAIMED = {
-    row["category"]: row
-    for row in json.loads(Path(__file__).with_name("score.json").read_text(encoding="utf-8"))
-}
+SETTINGS = Settings(prompt="", device="cpu", dtype="fp32")
+
+
+def counts(name: str) -> dict[str, dict]:
+    """What `score --dtype fp32 --json` wrote, by category."""
+    rows = json.loads(Path(__file__).with_name(name).read_text(encoding="utf-8"))
+    return {row["category"]: row for row in rows}
+
+
+CLAIMED = counts("score.json")
+FEW = counts("score-few.json")  # the same with --prompts 8 --seeds 1
 PROMPTS = 8  # of each category
-RARE = 4.0  # standard deviations: a sound model fails once in 16,000 times
+STRAY = 1  # pictures that another processor's rounding may turn over, of the eight
+MOST_STRAY = 3  # and of all
 
 
 def test_the_file_is_a_whole_sd3_in_miniature():
@@ -46,21 +53,29 @@ def test_the_file_is_a_whole_sd3_in_miniature():
 
 @pytest.fixture(scope="module")
 def table():
-    return score(Painter(Files(checkpoint=FILE)), seeds=(0,), per_category=PROMPTS, batch=PROMPTS)
+    return score(Painter(Files(checkpoint=FILE), SETTINGS), seeds=(0,), per_category=PROMPTS)
 
 
-@pytest.mark.parametrize("category", [name for name in CLAIMED if name != "overall"])
-def test_it_draws_as_well_as_is_claimed(table, category):
-    """At the command line's own settings, on the first prompts of each category."""
+@pytest.mark.parametrize("category", [name for name in FEW if name != "overall"])
+def test_it_draws_a_few_pictures_as_recorded(table, category):
+    """The first prompts of each category with one seed: no chance is left but rounding."""
     (row,) = [row for row in table.rows if row.name == category]
-    share = CLAIMED[category]["share"]
-    spread = math.sqrt(max(share * (1 - share), 0.02) / row.total)
-    assert row.share >= share - RARE * spread
+    assert row.total == FEW[category]["total"] == PROMPTS
+    assert abs(row.right - FEW[category]["right"]) <= STRAY
 
 
-def test_all_of_it_draws_as_well_as_is_claimed(table):
-    share, overall = CLAIMED["overall"]["share"], table.overall
-    assert overall.share >= share - 3 * math.sqrt(share * (1 - share) / overall.total)
+def test_all_of_the_few_come_as_recorded(table):
+    assert table.overall.total == FEW["overall"]["total"]
+    assert abs(table.overall.right - FEW["overall"]["right"]) <= MOST_STRAY
+
+
+@pytest.mark.long
+def test_the_whole_score_lies_in_the_claimed_intervals():
+    table = score(Painter(Files(checkpoint=FILE), SETTINGS))
+    for row in (*table.rows, table.overall):
+        low, high = CLAIMED[row.name]["interval"]
+        assert row.total == CLAIMED[row.name]["total"]
+        assert low <= row.share <= high, row
 
 
 def test_the_readme_tells_the_same_numbers():
@@ -75,9 +90,9 @@ def test_its_vae_keeps_what_a_picture_shows():
     vae, pictures = load_vae(FILE, dtype=torch.float32), draw(some)
     latents = torch.cat([vae.encode(part).mean for part in pictures.split(8)])
     drawn = torch.cat([vae.decode(part) for part in latents.split(8)]).clamp(-1, 1)
-    assert psnr(drawn, pictures) > 29
+    assert psnr(drawn, pictures) > 33  # as the README says
     assert agreement(pictures, some) == 1
-    assert agreement(drawn, some) > 0.85
+    assert agreement(drawn, some) >= 0.99  # what stages.make asks before it trains an MMDiT
     model_space = to_model_space(latents)
     assert abs(float(model_space.mean())) < 0.1
     assert float(model_space.std()) == pytest.approx(1, abs=0.1)

@@ -153,7 +153,7 @@ def test_a_lora_teaches_a_new_colour_from_32_pictures(tmp_path):
 # A preference
 
 
-def preferences(folder, base: Painter, count: int, seeds: int = 12) -> int:
+def preferences(folder, base: Painter, count: int, seeds: int = 4) -> int:
     """Pairs of the model's own pictures, the checker's right ones before its wrong ones."""
     texts = [
         short_caption(scene, 0)
@@ -185,7 +185,7 @@ def preferences(folder, base: Painter, count: int, seeds: int = 12) -> int:
 def test_dpo_on_the_checkers_verdicts_lifts_a_category(tmp_path):
     base = painter()
     before = score(base, categories=[CATEGORY])
-    pairs = preferences(tmp_path / "pairs", base, count=400)
+    pairs = preferences(tmp_path / "pairs", base, count=240)
     outcome = train(
         run(
             tmp_path,

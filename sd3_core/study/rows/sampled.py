@@ -58,7 +58,7 @@ SHIFT = Row(
     "shift",
     "Larger pictures take a larger shift",
     "The shipped model draws at both sizes with each shift. (sd3-tiny models are trained at 64 px "
-    "with shift 1, then at 128 px with 1.5.)",
+    "with shift 1, then at 128 px with 1.5, from sd3-tiny-4 on with 3.)",
     lambda budget: [shift_cell(budget, side, shift) for side in SIDES for shift in SHIFTS],
     shift_claims,
     lambda budget, table: [
