@@ -261,14 +261,21 @@ def test(everything: bool, pytest_arguments: Sequence[str]) -> int:
 
 
 def demo(prompt: str) -> int:
-    """Draw with the embedded model: in ComfyUI, headless, where one is found, else by sd3_core."""
+    """Draw with the embedded model: in ComfyUI, headless, where one is found, else by sd3_core.
+
+    A ComfyUI that fails is told of and does not end the demo.
+    """
     prepare("demo")
     comfyui = find_comfyui()
-    print(f"Drawing in ComfyUI ({comfyui})." if comfyui else "Drawing without ComfyUI.", flush=True)
+    status = None
     if comfyui:
+        print(f"Drawing in ComfyUI ({comfyui}).", flush=True)
         script = ROOT / "tests" / "support" / "demo_in_comfyui.py"
         status = run([str(script), prompt, str(PICTURE), SEED])
-    else:
+        if status:
+            print("That ComfyUI could not draw it; what it said stands above.", flush=True)
+    if status != 0:
+        print("Drawing without ComfyUI.", flush=True)
         command = ["-m", "sd3_core", "generate", prompt, "--seed", SEED]
         status = run([*command, "-o", str(PICTURE)])
     if status == 0:

@@ -146,6 +146,24 @@ def test_the_demo_draws_in_comfyui_where_there_is_one(dev, pip_calls, monkeypatc
     assert commands[1][:3] == ["-m", "sd3_core", "check"]
 
 
+def test_a_comfyui_that_fails_does_not_end_the_demo(dev, pip_calls, monkeypatch, tmp_path, capsys):
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        return int(command[0].endswith("demo_in_comfyui.py"))
+
+    monkeypatch.setattr(dev, "find_comfyui", lambda: tmp_path)
+    monkeypatch.setattr(dev, "wanted", lambda purpose: [purpose])
+    monkeypatch.setattr(dev, "run", run)
+    assert dev.main(["demo", "a", "red", "circle"]) == 0
+    assert [command[:3] for command in commands[1:]] == [
+        ["-m", "sd3_core", "generate"],
+        ["-m", "sd3_core", "check"],
+    ]
+    assert "That ComfyUI could not draw it" in capsys.readouterr().out
+
+
 def test_ci_gets_no_colours(dev, monkeypatch):
     monkeypatch.setenv("CI", "true")
     monkeypatch.setenv("FORCE_COLOR", "1")
