@@ -9,6 +9,8 @@ Both keep what they install in .venv beside this file. Standard library only.
 from __future__ import annotations  # so that an older Python gets as far as being told its age
 
 import argparse
+import configparser
+import contextlib
 import hashlib
 import os
 import shutil
@@ -67,14 +69,29 @@ def check_interpreter(version: tuple[int, int] = sys.version_info[:2]) -> None:
 
 
 def find_comfyui() -> Path | None:
-    """ComfyUI's checkout: COMFYUI_PATH, else the place where comfy-cli puts it, else None."""
+    """ComfyUI's checkout: COMFYUI_PATH, else the first of comfy-cli's places, else None."""
     named = os.environ.get("COMFYUI_PATH")
-    place = Path(named).expanduser() if named else Path.home() / "comfy" / "ComfyUI"
-    if (place / "requirements.txt").is_file() and (place / "comfy").is_dir():
-        return place.resolve()
+    for place in [Path(named).expanduser()] if named else comfy_cli_places():
+        if (place / "requirements.txt").is_file() and (place / "comfy").is_dir():
+            return place.resolve()
     if named:
         raise SetupError(f"COMFYUI_PATH is {named}, which holds no ComfyUI checkout.")
     return None
+
+
+def comfy_cli_places() -> list[Path]:
+    """Where comfy-cli looks (as of 1.23): `comfy set-default`, the last used, where it installs."""
+    home = Path.home()
+    settings = {
+        "win32": home / "AppData" / "Local",
+        "darwin": home / "Library" / "Application Support",
+    }.get(sys.platform, home / ".config")
+    config = configparser.ConfigParser(interpolation=None)
+    with contextlib.suppress(configparser.Error, UnicodeDecodeError):  # torn: as if it had none
+        config.read(settings / "comfy-cli" / "config.ini")
+    told = [config.defaults().get(key) for key in ("default_workspace", "recent_workspace")]
+    installed = (home / "comfy" / "ComfyUI", home / "Documents" / "comfy" / "ComfyUI")
+    return [*(Path(place) for place in told if place), *installed]
 
 
 def wanted(purpose: str) -> list[str]:
@@ -261,14 +278,21 @@ def test(everything: bool, pytest_arguments: Sequence[str]) -> int:
 
 
 def demo(prompt: str) -> int:
-    """Draw with the embedded model: in ComfyUI, headless, where one is found, else by sd3_core."""
+    """Draw with the embedded model: in ComfyUI, headless, where one is found, else by sd3_core.
+
+    A ComfyUI that fails is told of and does not end the demo.
+    """
     prepare("demo")
     comfyui = find_comfyui()
-    print(f"Drawing in ComfyUI ({comfyui})." if comfyui else "Drawing without ComfyUI.", flush=True)
+    status = None
     if comfyui:
+        print(f"Drawing in ComfyUI ({comfyui}).", flush=True)
         script = ROOT / "tests" / "support" / "demo_in_comfyui.py"
         status = run([str(script), prompt, str(PICTURE), SEED])
-    else:
+        if status:
+            print("That ComfyUI could not draw it; what it said stands above.", flush=True)
+    if status != 0:
+        print("Drawing without ComfyUI.", flush=True)
         command = ["-m", "sd3_core", "generate", prompt, "--seed", SEED]
         status = run([*command, "-o", str(PICTURE)])
     if status == 0:

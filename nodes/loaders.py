@@ -11,7 +11,7 @@ from ..sd3_core.checkpoints.layouts import SUPPLIERS, Component
 from ..sd3_core.checkpoints.load import component_of, read_config
 from ..sd3_core.errors import CheckpointError
 from ..sd3_core.models.mmdit import MMDiTConfig
-from ..sd3_core.settings import check_sizes
+from ..sd3_core.settings import check_sizes, model_preset
 from ..sd3_core.text.encoders import ENCODERS
 from ._compat import advanced, inference_dtype, schema, set_reload
 from .comfy_model import AUTO, SD3VAE, WEIGHT_DTYPES, make_model
@@ -55,6 +55,14 @@ def load_model(component: Component, weight_dtype: str) -> Any:
 def dtypes_of(model: Any) -> dict[str, str]:
     dtypes = {"weights": model.model.get_dtype(), "compute": inference_dtype(model.model)}
     return {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
+
+
+def preset_of(component: Component) -> dict[str, Any]:
+    """What to begin with.  Fresh nodes begin with SD3.5 Large's, whatever model comes to them."""
+    config = read_config(component)
+    assert isinstance(config, MMDiTConfig)
+    preset = model_preset(component, config)
+    return {name: getattr(preset, name) for name in ("steps", "cfg", "sampler", "shift")}
 
 
 def reload_model(path: str, weight_dtype: str, disable_dynamic: bool = False) -> Any:
@@ -160,7 +168,11 @@ class SD3LoadMMDiT(io.ComfyNode):
     def execute(cls, unet_name: str, weight_dtype: str = AUTO) -> io.NodeOutput:
         component = find_component("diffusion_models", unet_name, "mmdit")
         model = load_model(component, weight_dtype)
-        contents = {"files": describe({"mmdit": component}), **dtypes_of(model)}
+        contents = {
+            "files": describe({"mmdit": component}),
+            "preset": preset_of(component),
+            **dtypes_of(model),
+        }
         return io.NodeOutput(model, ui=report(contents))
 
 
@@ -400,7 +412,12 @@ class SD3LoadCheckpoint(io.ComfyNode):
             parts, notes = checkpoint_parts(find_file("checkpoints", ckpt_name), choices)
         text = {kind: part for kind, part in parts.items() if kind in ENCODERS}
         model = load_model(parts["mmdit"], weight_dtype)
-        contents = {"files": describe(parts), "notes": notes, **dtypes_of(model)}
+        contents = {
+            "files": describe(parts),
+            "notes": notes,
+            "preset": preset_of(parts["mmdit"]),
+            **dtypes_of(model),
+        }
         return io.NodeOutput(
             model, load_clip(text, AUTO), load_vae(parts["vae"]), ui=report(contents)
         )

@@ -86,6 +86,32 @@ def test_a_comfyui_path_without_comfyui_is_an_error(dev, monkeypatch, tmp_path):
         dev.find_comfyui()
 
 
+@pytest.mark.parametrize(
+    ("platform", "settings"),
+    [
+        ("linux", ".config"),
+        ("darwin", "Library/Application Support"),
+        ("win32", "AppData/Local"),
+    ],
+)
+def test_comfyui_is_where_comfy_cli_says(dev, monkeypatch, tmp_path, platform, settings):
+    """Of the places that hold a checkout: the default, the last used, where comfy-cli installs."""
+    monkeypatch.setattr(dev.sys, "platform", platform)
+    assert dev.find_comfyui() is None
+    home = tmp_path / "nobody"
+    default, recent = tmp_path / "100% mine", tmp_path / "recent"
+    config = home / settings / "comfy-cli" / "config.ini"
+    config.parent.mkdir(parents=True)
+    config.write_text(f"[DEFAULT]\ndefault_workspace = {default}\nrecent_workspace = {recent}\n")
+    for place in (home / "Documents" / "comfy" / "ComfyUI", recent, default):
+        make_comfyui(place, "")
+        assert dev.find_comfyui() == place.resolve()
+    config.write_text("torn")
+    assert dev.find_comfyui() == (home / "Documents" / "comfy" / "ComfyUI").resolve()
+    monkeypatch.setenv("COMFYUI_PATH", str(recent))
+    assert dev.find_comfyui() == recent.resolve()
+
+
 def test_a_pip_without_network_ends_in_one_sentence(dev, monkeypatch, capfd):
     for name in ("PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
         monkeypatch.delenv(name, raising=False)
@@ -144,6 +170,24 @@ def test_the_demo_draws_in_comfyui_where_there_is_one(dev, pip_calls, monkeypatc
     assert commands[0][0].endswith("demo_in_comfyui.py")
     assert commands[0][1] == "a red circle"
     assert commands[1][:3] == ["-m", "sd3_core", "check"]
+
+
+def test_a_comfyui_that_fails_does_not_end_the_demo(dev, pip_calls, monkeypatch, tmp_path, capsys):
+    commands = []
+
+    def run(command):
+        commands.append(command)
+        return int(command[0].endswith("demo_in_comfyui.py"))
+
+    monkeypatch.setattr(dev, "find_comfyui", lambda: tmp_path)
+    monkeypatch.setattr(dev, "wanted", lambda purpose: [purpose])
+    monkeypatch.setattr(dev, "run", run)
+    assert dev.main(["demo", "a", "red", "circle"]) == 0
+    assert [command[:3] for command in commands[1:]] == [
+        ["-m", "sd3_core", "generate"],
+        ["-m", "sd3_core", "check"],
+    ]
+    assert "That ComfyUI could not draw it" in capsys.readouterr().out
 
 
 def test_ci_gets_no_colours(dev, monkeypatch):

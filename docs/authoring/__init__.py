@@ -6,5 +6,5 @@ python docs/authoring pictures      web/docs/pictures/*.webp, in the browser, fr
 python docs/authoring pages         web/docs/*.md and locales/en/*.json
 
 The nodes' ids, inputs and defaults come from their schemas, so ComfyUI has to be there
-(COMFYUI_PATH, else ~/comfy/ComfyUI).  Tests hold the committed files to what these commands write.
+(COMFYUI_PATH, else comfy-cli's).  Tests hold the committed files to what these commands write.
 """

@@ -24,7 +24,7 @@ def start() -> None:
 
     comfyui = find_comfyui()
     if comfyui is None:
-        sys.exit("no ComfyUI in ~/comfy/ComfyUI: say in COMFYUI_PATH where it is.")
+        sys.exit("no ComfyUI found: say in COMFYUI_PATH where it is.")
     sys.path.insert(0, str(comfyui))
     sys.argv[1:] = []  # ComfyUI reads them too
     from comfy.cli_args import args

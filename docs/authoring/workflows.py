@@ -621,7 +621,8 @@ def train_lora(graph: Graph) -> None:
 def before_after(graph: Graph) -> None:
     """
     **The same prompt and seed, before and after training.** It shares its run with the workflow
-    *train-lora*: if that has run, nothing is trained again.
+    *train-lora*: if that has run, nothing is trained again. If you raised `steps` there, give the
+    same number here.
     """
     load = load_built_in(graph)
     train = taught(graph, load)

@@ -15,7 +15,8 @@ from sd3_pack.nodes._compat import inference_dtype
 from sd3_pack.nodes.comfy_model import AUTO, make_model
 from sd3_pack.nodes.comfy_table import weights_in_force
 from sd3_pack.sd3_core.checkpoints.layouts import find_components
-from sd3_pack.sd3_core.checkpoints.load import component_of
+from sd3_pack.sd3_core.checkpoints.load import component_of, load_mmdit, read_config
+from sd3_pack.sd3_core.embedded.model import FILE
 from tiny import quantised, tiny_state_dicts, write_tiny_checkpoint
 
 import nodes
@@ -194,6 +195,22 @@ def test_a_saved_checkpoint_loads_natively_and_in_ours(our_model, conditioning, 
     torch.testing.assert_close(ksampler(natively, conditioning), expected, **TOLERANCE)
     again = make_model(component_of(file, "mmdit"))
     assert torch.equal(ksampler(again, conditioning), expected)
+
+
+def test_the_embedded_model_loads_natively():
+    """Its MMDiT out of the whole shipped file: ComfyUI's own reading gives our velocity."""
+    mmdit = component_of(FILE, "mmdit")
+    natively = comfy.sd.load_diffusion_model(str(FILE), {"dtype": torch.float32})
+    comfy.model_management.load_models_gpu([natively])
+    ours = load_mmdit(FILE, dtype=torch.float32)
+    config = read_config(mmdit)
+    draw = torch.Generator().manual_seed(4)
+    x = torch.randn(2, config.in_channels, 16, 12, generator=draw)
+    timestep = torch.tensor([20.0, 900.0])
+    context = torch.randn(2, 11, config.context_dim, generator=draw)
+    pooled = torch.randn(2, config.pooled_dim, generator=draw)
+    theirs = natively.model.diffusion_model(x, timestep, context=context, y=pooled)
+    torch.testing.assert_close(ours(x, timestep, context, pooled), theirs, rtol=0, atol=2e-5)
 
 
 def test_a_small_model_saved_by_comfyui_keeps_its_tokenizers(tiny_three, tiny, tmp_path):

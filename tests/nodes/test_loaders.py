@@ -15,6 +15,9 @@ from sd3_pack.nodes.loaders import (
     SD3LoadVAE,
 )
 from sd3_pack.nodes.wires import origin_of
+from sd3_pack.sd3_core.checkpoints.load import component_of
+from sd3_pack.sd3_core.embedded.model import FILE
+from sd3_pack.sd3_core.presets import PRESETS
 from tiny import write_tiny_checkpoint
 
 
@@ -50,6 +53,17 @@ def test_every_loader_reports_files_as_json(models):
     assert set(told["files"]) == {"mmdit", "vae", "clip_l", "clip_g", "t5"}
     assert len(told["files"]["vae"]["fingerprint"]) == 16
     assert str(models) not in json.dumps(told)
+
+
+def test_a_loader_names_the_settings_to_begin_with():
+    (told,) = SD3LoadCheckpoint.execute(files.EMBEDDED).ui["sd3_report"]
+    preset = PRESETS["sd3_tiny"]
+    assert told["preset"] == {
+        "steps": preset.steps,
+        "cfg": preset.cfg,
+        "sampler": preset.sampler,
+        "shift": float(component_of(FILE, "mmdit").metadata["sd3_workbench.shift"]),
+    }
 
 
 @pytest.mark.parametrize("layout", ["split", "bare"])

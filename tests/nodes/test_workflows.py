@@ -274,6 +274,13 @@ def test_changing_the_loaders_file_is_enough_for_the_built_in_model(name, regist
         assert node["class_type"] not in ("EmptySD3LatentImage", "ImageScale")
 
 
+def test_the_readme_names_those_that_need_files():
+    readme = (FOLDER.parent / "README.md").read_text(encoding="utf-8")
+    said = re.search(r"Every workflow\s+runs with it but (.+?)\.\s", readme, re.DOTALL)
+    assert said
+    assert set(re.findall(r"\*(\S+?)\*", said[1])) == {*NEED_FILES, *NEED_FULL_SIZE}
+
+
 # The generator itself
 
 

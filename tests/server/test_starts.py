@@ -1,7 +1,9 @@
 """What the start of a server decides, and that a restart changes nothing."""
 
+from pathlib import Path
+
 from api_workflows import text_to_image
-from comfy_server import reports, serve
+from comfy_server import PACK, link_pack, reports, serve
 
 
 def test_a_restart_draws_the_same_and_a_switch_leaves_training_out(tmp_path):
@@ -31,3 +33,17 @@ def test_nothing_is_written_outside_the_places_that_the_readme_names(server):
     cache = home / ".cache" / "sd3-workbench" / "prompts"
     assert any(cache.iterdir())
     assert all((home / path).is_relative_to(cache) for path in written), written
+
+
+def test_where_links_are_not_allowed_the_pack_is_copied(tmp_path, monkeypatch):
+    """As on Windows, without its developer mode."""
+
+    def refuse(*_args, **_options):
+        raise OSError(1314, "A required privilege is not held by the client")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    link_pack(tmp_path / "pack")
+    for name in ("__init__.py", "nodes/__init__.py", "web/workbench.js"):
+        copy = tmp_path / "pack" / name
+        assert not copy.is_symlink()
+        assert copy.read_bytes() == (PACK / name).read_bytes()

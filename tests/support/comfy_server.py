@@ -12,6 +12,7 @@ import asyncio
 import json
 import os
 import queue
+import shutil
 import signal
 import socket
 import subprocess
@@ -291,13 +292,21 @@ def lay_out(folder: Path) -> None:
 
 
 def link_pack(place: Path) -> None:
-    """The pack by links."""
+    """The pack by links; by copies where they are not allowed, as on Windows for most users."""
     if place.exists():
         return
     place.mkdir()
     for entry in PACK.iterdir():
-        if not entry.name.startswith(".") and entry.name != "output":
-            (place / entry.name).symlink_to(entry)
+        if entry.name.startswith(".") or entry.name == "output":
+            continue
+        copy = place / entry.name
+        try:
+            copy.symlink_to(entry)
+        except OSError:
+            if entry.is_dir():
+                shutil.copytree(entry, copy, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copy(entry, copy)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from comfy_server import PACK, serve
+from comfy_server import PACK, Refused, ServerFailed, serve
 
 FORM = PACK / "workflows" / "api" / "first-picture.json"
 
@@ -31,4 +31,7 @@ def main(prompt: str, picture: Path, seed: int) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    try:
+        main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]))
+    except (OSError, Refused, ServerFailed) as error:  # serve() has printed the server's log
+        sys.exit(str(error).splitlines()[0])
