@@ -114,15 +114,32 @@ class DPOTask(FlowTask):
         gaps = [line[GAP] for line in measured[-patience:]]
         if not patience or len(gaps) < patience or min(gaps) <= 0 or gaps[-1] < max(gaps):
             return ""
-        best = min(measured, key=lambda line: line["validation_loss"])
+        kept = [line for line in measured if winners_kept(line[GAP])]
+        best = min(kept, key=lambda line: line["validation_loss"])["step"] if kept else 0
+        advice = (
+            f"The LoRA given out is that of step {best}, the best one before that"
+            if best
+            else "No measured state is better than the untrained network; the LoRA given out is "
+            "the last one, for inspection only"
+        )
         anchor = 0.1 * self.config.dpo_beta / 4
         return (
             f"stopped at step {measured[-1]['step']}: in the last {patience} measurements the "
             f"chosen pictures' error lay above the untrained network's and rose to {gaps[-1]:+.3g},"
-            " so the preference is being followed by making both pictures worse. The best state "
-            f"was that of step {best['step']}. For the next run (another run_name) lower "
-            f"learning_rate, raise dpo_beta, or set dpo_sft_weight = {anchor:g}."
+            f" so the preference is being followed by making both pictures worse. {advice}. For "
+            "the next run (another run_name) lower learning_rate, raise dpo_beta, or set "
+            f"dpo_sft_weight = {anchor:g}."
         )
+
+    def acceptable(self, measured: Mapping[str, float]) -> bool:
+        """The loss alone would choose the most spoiled state: it falls as long as the loser gets
+        worse faster than the winner."""
+        return winners_kept(measured["winner_gap"])
+
+
+def winners_kept(gap: float) -> bool:
+    """Whether the chosen pictures' error is no higher than the untrained network's."""
+    return gap <= 0
 
 
 def pairs(batches: Batches, step: int, rows: range, size: int) -> tuple[Batch, Batch]:

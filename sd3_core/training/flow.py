@@ -113,6 +113,9 @@ class FlowTask:
     def verdict(self, lines: Sequence[Mapping[str, Any]]) -> str:
         return ""
 
+    def acceptable(self, measured: Mapping[str, float]) -> bool:
+        return True
+
     def validate(self) -> Mapping[str, float]:
         self.model.eval()
         return validation_loss(

@@ -50,7 +50,8 @@ class Task(Protocol):
         ...
 
     def validate(self) -> Mapping[str, float]:
-        """Measurements on fixed data with fixed noise; "loss" decides which weights are best."""
+        """Measurements on fixed data with fixed noise; the lowest "loss" that fit's `acceptable`
+        lets pass decides which weights are best."""
         ...
 
     def sample(self, folder: Path, step: int) -> None:
@@ -79,7 +80,7 @@ class Outcome:
     """A finished run."""
 
     product: Path
-    best: Path | None  # the product with the lowest validation loss
+    best: Path | None  # the product of the best measurement; None: nothing beat the beginning
     step: int
     folder: Path
     stopped: str = ""  # why it ended before its last step, where it did
@@ -89,6 +90,8 @@ OnStep = Callable[[Progress], None]  # what it raises stops the run, after it is
 OnNote = Callable[[str], None]  # receives sentences for the user
 # By the lines of the log: why training should end before its last step; empty: it goes on.
 Verdict = Callable[[Sequence[Mapping[str, Any]]], str]
+# By what `Task.validate` returned: whether this state may become the best one.
+Acceptable = Callable[[Mapping[str, float]], bool]
 
 
 def ignore(_: object) -> None:
@@ -100,6 +103,11 @@ def go_on(lines: Sequence[Mapping[str, Any]]) -> str:
     return ""
 
 
+def any_state(measured: Mapping[str, float]) -> bool:
+    """Where the loss alone says which state is best."""
+    return True
+
+
 def fit(
     task: Task,
     run: Run,
@@ -108,6 +116,7 @@ def fit(
     on_step: OnStep = ignore,
     on_note: OnNote = ignore,
     verdict: Verdict = go_on,
+    acceptable: Acceptable = any_state,
 ) -> Outcome:
     """Train to the last step, or to the verdict, from wherever the run stands.
 
@@ -121,7 +130,7 @@ def fit(
     say = on_note if world.first else ignore
     learner = Learner(task.parameters, config)
     _resume(learner, run, world, say)
-    session = Session(task, run, config, world, learner, say)
+    session = Session(task, run, config, world, learner, say, acceptable)
     with session.saved_at_the_end(), stop_signals() as asked_to_stop:
         if not learner.looked:
             session.look()
@@ -162,9 +171,11 @@ class Session:
         world: World,
         learner: Learner,
         say: OnNote,
+        acceptable: Acceptable,
     ):
         self.task, self.run, self.config = task, run, config
         self.world, self.learner, self.say = world, learner, say
+        self.acceptable = acceptable
         # of the newest saved state: its step, and whether that step was looked at
         self.saved = (learner.step, learner.looked) if run.states() else (-1, False)
         self.durations: list[float] = []  # seconds, of this session's steps
@@ -263,6 +274,8 @@ class Session:
             named = {f"validation_{name}": value for name, value in measured.items()}
             self.run.write({"step": learner.step, **named})
         if learner.best is not None and measured["loss"] >= learner.best.loss:
+            return False
+        if not self.acceptable(measured):
             return False
         learner.best = Best(learner.step, measured["loss"])
         if learner.step:

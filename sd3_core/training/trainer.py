@@ -117,7 +117,7 @@ def train(
         cache = prepared(config, subject, place, say, on_progress)
         task = make_task(config, subject, cache, place, pictures, base)
         tell_plan(config, subject, task, cache.layout.length, run, say)
-        return fit(task, run, config, world, on_step, on_note, task.verdict)
+        return fit(task, run, config, world, on_step, on_note, task.verdict, task.acceptable)
 
 
 def pick_place(config: TrainConfig, world: World) -> Place:
