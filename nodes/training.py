@@ -56,6 +56,14 @@ WITHHELD = (
     *("run_name", "output", "method", "checkpoint", "mmdit", "vae", "clip_l", "clip_g", "t5"),
     *("tokenizers", "data", "validation_data", "device", "dialect", "use"),
 )
+# Others that are set elsewhere in the graph, and where.
+ELSEWHERE = {
+    **dict.fromkeys(
+        ("density", "shift", "lowest_sigma", "highest_sigma"),
+        "the node SD3 Timestep Density on the input density",
+    ),
+    "sample_prompts": "the input sample_prompt",
+}
 UNSET = {"resolution": 0, "lora_alpha": 0.0}  # what stands for None in a widget
 SELDOM = 10**6  # steps between sample pictures: before the first step and after the last
 
@@ -193,6 +201,9 @@ def run_settings(widgets: Mapping[str, Any], more: str) -> dict[str, Any]:
         raise ValueError(
             f"more names {', '.join(withheld)}, which the node's own inputs decide; remove it."
         )
+    for name in extra:
+        if where := ELSEWHERE.get(name):
+            raise ValueError(f"more names {name}, which is not set there: use {where}.")
     if twice := sorted(set(extra) & set(widgets)):
         raise ValueError(f"more repeats {', '.join(twice)}, which is an input of the node.")
     return {**settings, **extra}

@@ -370,6 +370,16 @@ def test_memory_is_given_back(tiny_three, pictures):
         ({"run_name": "../elsewhere"}, "run_name is '../elsewhere'"),
         ({"more": 'data = "/etc"'}, "more names data"),
         ({"more": "rank = 3"}, "more repeats rank"),
+        *(
+            ({"more": line}, f"more names {line.split()[0]}, .*: use the node SD3 Timestep")
+            for line in (
+                'density = "uniform"',
+                "shift = 1.0",
+                "lowest_sigma = 0.1",
+                "highest_sigma = 0.9",
+            )
+        ),
+        ({"more": 'sample_prompts = ["a", "b"]'}, "more names sample_prompts, .* sample_prompt"),
         ({"more": "rnk = 3"}, "there is no setting 'rnk'. Did you mean rank"),
         ({"more": "steps"}, "bad_setting"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
