@@ -254,6 +254,7 @@ def plan_run(
         settings["sample_prompts"] = [first_caption(data, method == "dpo")]
     return make_config(
         {
+            "save_dtype": "fp32",  # what leaves the node is rounded once, by what saves it
             **settings,
             **density_settings(density, base.shift),
             **file_settings(data, base.path),

@@ -4,14 +4,17 @@
 (the encoders then leave), load the network, and give it to the loop.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import lora
+from ..checkpoints.header import read_header
 from ..checkpoints.layouts import Component
 from ..checkpoints.load import component_of, load_mmdit
 from ..lora import TrainableLoRA
@@ -45,11 +48,11 @@ from .subject import (
 from .validation import chosen
 
 # Settings that a run may change between two starts: where things lie, how a batch is divided, what
-# saves memory without changing a number.  The content of files and folders is compared instead, and
-# the size of the whole batch.
+# saves memory without changing a number, how a product is written.  The content of files and
+# folders is compared instead, and the size of the whole batch.
 FREE = (
     *("run_name", "output", "steps", "batch_size", "accumulation", "check_memory"),
-    "gradient_checkpointing",
+    *("gradient_checkpointing", "save_dtype"),
     *("data", "validation_data", "checkpoint", "tokenizers", *FLAGS),
 )
 
@@ -172,10 +175,16 @@ def finished(config: TrainConfig, run: Run, world: World) -> Outcome | None:
     """The outcome of a run that has nothing left to do."""
     product = product_path(run, "lora" if config.trains_lora else "model")
     best = product_path(run, product.parent.name, "-best")
-    done = config.steps in run.states() and product.exists()
+    done = config.steps in run.states() and product.exists() and stored_as(config, product)
     if not world.share(int(done)):
         return None
     return Outcome(product, best if best.exists() else None, config.steps, run.folder)
+
+
+def stored_as(config: TrainConfig, product: Path) -> bool:
+    """Whether a product has the precision that is asked for; else it is written again."""
+    told = json.loads(read_header(product).metadata.get("sd3_workbench.training", "{}"))
+    return told.get("save_dtype") == config.save_dtype
 
 
 def with_new_mmdit(config: TrainConfig, subject: Subject, run: Run, world: World) -> TrainConfig:

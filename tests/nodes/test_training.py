@@ -34,7 +34,7 @@ SETTINGS = {
     "sample_every": 0,
     "sample_prompt": "",
 }
-MORE = 'bucket_step = 16\nsave_dtype = "fp32"\nsample_steps = 2'
+MORE = "bucket_step = 16\nsample_steps = 2"
 
 
 @pytest.fixture(autouse=True)
@@ -134,6 +134,24 @@ def test_a_saved_lora_is_found_read_and_acts_as_the_run_s(tiny_three, pictures, 
     for patched in loaded.values():
         torch.testing.assert_close(patched, weight(trained), rtol=0, atol=1e-5)
     assert not list((places / "output" / "loras").glob(".*"))
+
+
+def test_what_comes_out_is_not_rounded_and_an_older_run_still_goes_on(tiny_three, pictures, places):
+    def rounded(output):
+        tensors = output.args[1].values()
+        return all(torch.equal(tensor, tensor.half().float()) for tensor in tensors)
+
+    assert not rounded(train(tiny_three[0], pictures))
+    as_fp16 = MORE + '\nsave_dtype = "fp16"'
+    assert rounded(train(tiny_three[0], pictures, run_name="older", more=as_fp16, steps=2))
+    # before, the precision of the file belonged to what a run is
+    path = places / "output" / "sd3" / "older" / "config.json"
+    config = json.loads(path.read_text())
+    config["identity"]["save_dtype"] = "fp16"
+    path.write_text(json.dumps(config))
+    again = train(tiny_three[0], pictures, run_name="older", steps=2)  # written anew
+    assert not rounded(again)
+    assert len(train(tiny_three[0], pictures, run_name="older").args[2]["loss"]) == 4
 
 
 def test_the_workflow_lies_in_the_file(tiny_three, pictures, places, monkeypatch):
