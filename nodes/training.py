@@ -31,6 +31,7 @@ from ..sd3_core.training.config import (
 )
 from ..sd3_core.training.curve import density_image
 from ..sd3_core.training.densities import find_density
+from ..sd3_core.training.dpo import newest_numbers, spoken
 from ..sd3_core.training.flow import STORED
 from ..sd3_core.training.folders import list_pictures
 from ..sd3_core.training.loop import Outcome
@@ -319,7 +320,11 @@ def result(
     found = match(tensors, model, None)
     check_match(found, product)
     trained, _ = patched(model, None, found, product, 1.0)
-    losses = logged_losses(outcome.folder)
+    lines = log_lines(outcome.folder)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    preference = newest_numbers(lines)
+    if preference:
+        listener.on_note(f"at step {preference['step']} {spoken(preference)}")
     samples = sample_files(outcome.folder / "samples")
     curve = opened(outcome.folder / "curve.png")
     images = as_images([opened(path) for path in samples]) if samples else as_images([curve])
@@ -330,6 +335,7 @@ def result(
         "lora": describe_file(product),
         "base_loras": base.loras,
         "stopped": outcome.stopped,
+        **({"preference": preference} if preference else {}),
         "notes": listener.notes,
         **meter.reading(),
     }
@@ -341,10 +347,10 @@ def result(
     )
 
 
-def logged_losses(folder: Path) -> list[float]:
-    """Of every step of a run, from its log."""
+def log_lines(folder: Path) -> list[dict[str, Any]]:
+    """A run's log: its steps and its measurements."""
     texts = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [line["loss"] for line in map(json.loads, texts) if "loss" in line]
+    return [json.loads(text) for text in texts]
 
 
 # Nodes

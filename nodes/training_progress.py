@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..sd3_core.training.cache import Progress as Encoded
 from ..sd3_core.training.curve import curve_image
+from ..sd3_core.training.dpo import NUMBERS, spoken
 from ..sd3_core.training.loop import Progress, spoken_time
 
 PREVIEW_EVERY = 2.0  # seconds
@@ -48,6 +49,8 @@ class Listener:
         left = progress.seconds_left
         about = "" if left is None else f", about {spoken_time(left)} left; the queue waits"
         told = f"step {progress.step} of {progress.total}, loss {progress.loss:.4f}{about}"
+        if NUMBERS[0] in progress.logs:
+            told += f"\n{spoken(progress.logs)}"
         self.tell(told, TEXT_EVERY)
         comfy.model_management.throw_exception_if_processing_interrupted()
 

@@ -20,7 +20,11 @@ from .loop import Losses
 from .preference import PairErrors, Preference, diffusion_dpo_loss
 from .validation import LEVELS, losses_per_level
 
+NUMBERS = ("accuracy", "winner_gap", "loser_gap", "margin")  # beside the loss
 GAP = "validation_winner_gap"  # in the log
+ON_TRAINED_PAIRS = (
+    "validation is on pairs that are trained on, so its numbers are better than those of new pairs"
+)
 
 
 class DPOTask(FlowTask):
@@ -35,12 +39,7 @@ class DPOTask(FlowTask):
             reference = self.errors(winner, loser)
         preference = self.preference(self.errors(winner, loser), reference)
         weights = winner.weights.to(preference.loss.device)
-        logs = {
-            "accuracy": preference.accuracy,
-            "winner_gap": preference.winner_gap,
-            "loser_gap": preference.loser_gap,
-            "margin": preference.margin,
-        }
+        logs = {name: getattr(preference, name) for name in NUMBERS}
         return Losses(preference.loss * weights, logs)
 
     def errors(self, winner: Batch, loser: Batch) -> PairErrors:
@@ -73,7 +72,7 @@ class DPOTask(FlowTask):
     def validate(self) -> Mapping[str, float]:
         """Means over the held pairs and the noise levels below 1: what `loss` logs."""
         self.model.eval()
-        names = ("loss", "accuracy", "winner_gap", "loser_gap", "margin")
+        names = ("loss", *NUMBERS)
         totals = torch.zeros(len(names), device=self.place.device)
         world = self.place.world
         for number, item in enumerate(self.held):
@@ -135,6 +134,26 @@ class DPOTask(FlowTask):
         """The loss alone would choose the most spoiled state: it falls as long as the loser gets
         worse faster than the winner."""
         return winners_kept(measured["winner_gap"])
+
+
+def spoken(numbers: Mapping[str, float]) -> str:
+    """NUMBERS in words."""
+    return (
+        f"the preference is followed in {numbers['accuracy']:.0%} of the pairs; against the "
+        f"untrained network the chosen pictures' error is {numbers['winner_gap']:+.2g} (should "
+        f"not rise), the rejected ones' {numbers['loser_gap']:+.2g}, "
+        f"the margin {numbers['margin']:+.2g}"
+    )
+
+
+def newest_numbers(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of a log: NUMBERS and their step, as last validated, else of the last step; empty: of no DPO
+    run."""
+    for prefix in ("validation_", ""):
+        for line in reversed(lines):
+            if prefix + "accuracy" in line:
+                return {"step": line["step"], **{name: line[prefix + name] for name in NUMBERS}}
+    return {}
 
 
 def winners_kept(gap: float) -> bool:

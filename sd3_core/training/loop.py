@@ -73,6 +73,7 @@ class Progress:
     learning_rate: float
     gradient_norm: float  # before clipping
     seconds_left: float | None  # None in the first steps
+    logs: Mapping[str, float] = field(default_factory=dict)  # the log's line, without the rest
 
 
 @dataclass(frozen=True)
@@ -203,7 +204,7 @@ class Session:
             self.run.write(line)
         self.durations.append(time.perf_counter() - begin)
         progress = Progress(
-            learner.step, self.config.steps, logs["loss"], rate, norm, self._seconds_left()
+            learner.step, self.config.steps, logs["loss"], rate, norm, self._seconds_left(), logs
         )
         self._tell_time(progress)
         return progress, values[-1] > 0

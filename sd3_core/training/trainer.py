@@ -27,7 +27,7 @@ from .cache import Progress as CacheProgress
 from .config import TrainConfig, plain_settings
 from .contents import Contents
 from .distributed import World, find_world, joined
-from .dpo import DPOTask
+from .dpo import ON_TRAINED_PAIRS, DPOTask
 from .flow import FlowTask, Place
 from .loop import OnNote, OnStep, Outcome, fit, ignore, product_path
 from .metadata import metadata
@@ -104,6 +104,8 @@ def train(
     subject = find_subject(config)
     for line in subject.dataset.report.lines():
         say(line)
+    if config.method == "dpo" and config.validate_every and subject.held is None:
+        say(ON_TRAINED_PAIRS)
     for name in zero_encoders(config, subject.parts):
         say(f"{name} is not among the files: zeros stand for it, here and wherever this is used")
     with joined(world, place.device), opened(config, world) as run:

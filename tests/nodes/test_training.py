@@ -178,13 +178,29 @@ def test_the_workflow_lies_in_the_file(tiny_three, pictures, places, monkeypatch
     assert "workflow" not in silent
 
 
-def test_dpo_begins_at_ln_2_and_says_what_it_measured(tiny_three, preferences, places):
-    output = train(tiny_three[0], preferences, SD3TrainDPO, steps=3, dpo_beta=20.0)
+def test_dpo_begins_at_ln_2_and_says_what_it_measured(tiny_three, preferences, places, monkeypatch):
+    shown = []
+    monkeypatch.setattr(training.Listener, "tell", lambda self, text, every=0.0: shown.append(text))
+    output = train(
+        tiny_three[0], preferences, SD3TrainDPO, steps=3, dpo_beta=20.0, validate_every=3
+    )
     losses = output.args[2]["loss"]
     assert losses[0] == pytest.approx(0.693147, abs=1e-5)
     assert losses[-1] != losses[0]
     log = (places / "output" / "sd3" / "mine" / "log.jsonl").read_text().splitlines()
-    assert {"accuracy", "winner_gap", "loser_gap", "margin"} <= set(json.loads(log[-1]))
+    last = json.loads(log[-1])
+    told_numbers = told(output)["preference"]
+    assert told_numbers == {
+        "step": 3,
+        **{n: last[f"validation_{n}"] for n in ("accuracy", "winner_gap", "loser_gap", "margin")},
+    }
+    notes = "\n".join(told(output)["notes"])
+    assert "validation is on pairs that are trained on" in notes
+    accuracy, gap = told_numbers["accuracy"], told_numbers["winner_gap"]
+    assert f"at step 3 the preference is followed in {accuracy:.0%} of the pairs" in notes
+    assert f"the chosen pictures' error is {gap:+.2g}" in notes
+    (live,) = (text for text in shown if text.startswith("step 1 of 3"))
+    assert "followed in 50% of the pairs" in live  # before the first update
     assert json.loads(output.args[1].metadata["sd3_workbench.dpo"])["beta"] == 20.0
 
 
