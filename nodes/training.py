@@ -298,7 +298,9 @@ def run_to_the_end(config: TrainConfig, base: FrozenBase, listener: Listener) ->
     comfy.model_management.soft_empty_cache()
     try:
         with torch.inference_mode(False), torch.enable_grad(), coded("bad_setting"):
-            return train(config, listener.on_step, listener.on_note, listener.on_encoded, base.base)
+            heard = (listener.on_step, listener.on_note, listener.on_encoded)
+            poll = comfy.model_management.throw_exception_if_processing_interrupted
+            return train(config, *heard, base.base, poll)
     except NodeError as error:
         if isinstance(error.__cause__, RunRefused):
             raise NodeError("run_refused", str(error.__cause__)) from error

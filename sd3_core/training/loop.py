@@ -89,6 +89,9 @@ class Outcome:
 
 OnStep = Callable[[Progress], None]  # what it raises stops the run, after it is saved
 OnNote = Callable[[str], None]  # receives sentences for the user
+# Asked before each pass of the network, between sampling steps and pictures looked at; what it
+# raises stops the run as on_step does.
+Poll = Callable[[], None]
 # By the lines of the log: why training should end before its last step; empty: it goes on.
 Verdict = Callable[[Sequence[Mapping[str, Any]]], str]
 # By what `Task.validate` returned: whether this state may become the best one.
@@ -97,6 +100,10 @@ Acceptable = Callable[[Mapping[str, float]], bool]
 
 def ignore(_: object) -> None:
     """The listener that is used when there is none."""
+
+
+def never() -> None:
+    """The poll that never stops a run."""
 
 
 def go_on(lines: Sequence[Mapping[str, Any]]) -> str:
@@ -274,7 +281,9 @@ class Session:
         if self.world.first:
             named = {f"validation_{name}": value for name, value in measured.items()}
             self.run.write({"step": learner.step, **named})
-        if learner.best is not None and measured["loss"] >= learner.best.loss:
+        known = learner.best
+        again = known is not None and known.step == learner.step  # stopped before it was saved
+        if known is not None and not again and measured["loss"] >= known.loss:
             return False
         if not self.acceptable(measured):
             return False

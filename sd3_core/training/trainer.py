@@ -29,7 +29,7 @@ from .contents import Contents
 from .distributed import World, find_world, joined
 from .dpo import ON_TRAINED_PAIRS, DPOTask
 from .flow import FlowTask, Place
-from .loop import OnNote, OnStep, Outcome, fit, ignore, product_path
+from .loop import OnNote, OnStep, Outcome, Poll, fit, ignore, never, product_path
 from .metadata import metadata
 from .networks import add_qk_norm, load_to_train, recompute_blocks, write_new_mmdit
 from .optimizers import optimizer_package
@@ -87,12 +87,14 @@ def train(
     on_note: OnNote = ignore,
     on_progress: OnProgress = ignore,
     base: Base = AS_STORED,
+    poll: Poll = never,
 ) -> Outcome:
     """Train, or go on, or return what is finished.
 
     on_step: after each step; what it raises stops the run, saved.  on_note: receives sentences.
     on_progress: while pictures and captions are encoded.  base: where another program holds the
-    network that a LoRA is trained on.  Under torchrun each process calls this.
+    network that a LoRA is trained on.  poll: how a host interrupts, see loop.Poll.  Under torchrun
+    each process calls this.
     Raises ValueError for settings, CheckpointError for files, RunRefused when the run of this name
     is another one or is being trained, and NumericalError when the loss is no longer a number.
     """
@@ -101,7 +103,7 @@ def train(
     place = pick_place(config, world)
     run_folder(config.output, config.run_name)
     optimizer_package(config)
-    subject = find_subject(config)
+    subject = find_subject(config, poll)
     for line in subject.dataset.report.lines():
         say(line)
     if config.method == "dpo" and config.validate_every and subject.held is None:
@@ -118,9 +120,9 @@ def train(
         config = with_new_mmdit(config, subject, run, world)
         pictures = None
         if world.first and config.sample_every:
-            pictures = encode_samples(config, subject.schedule, subject.resolution)
+            pictures = encode_samples(config, subject.schedule, subject.resolution, poll)
         cache = prepared(config, subject, place, say, on_progress)
-        task = make_task(config, subject, cache, place, pictures, base)
+        task = make_task(config, subject, cache, place, pictures, base, poll)
         tell_plan(config, subject, task, cache.layout.length, run, say)
         return fit(task, run, config, world, on_step, on_note, task.verdict, task.acceptable)
 
@@ -228,6 +230,7 @@ def make_task(
     place: Place,
     pictures: SamplePictures | None,
     base: Base = AS_STORED,
+    poll: Poll = never,
 ) -> FlowTask:
     """What the loop is given: the network, its samples and its loss."""
     part = component_of(config.mmdit or subject.parts["mmdit"], "mmdit")
@@ -243,6 +246,7 @@ def make_task(
         place,
         lambda step: metadata(config, subject, cache, step, base.changes),
         **({} if pictures is None else {"draw_samples": pictures.draw}),
+        poll=poll,
     )
 
 

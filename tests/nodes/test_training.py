@@ -16,6 +16,8 @@ from sd3_pack.nodes.lora import SD3LoadLoRA
 from sd3_pack.nodes.speed import SD3Speed
 from sd3_pack.nodes.training import SD3SaveLoRA, SD3TimestepDensity, SD3TrainDPO, SD3TrainLoRA
 from sd3_pack.sd3_core.checkpoints.header import read_header
+from sd3_pack.sd3_core.training import scan
+from sd3_pack.sd3_core.training.flow import FlowTask
 from training_set import write_pictures
 
 import nodes
@@ -292,6 +294,32 @@ def test_an_interruption_while_encoding_leaves_nothing_half_done(tiny_three, pic
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         train(tiny_three[0], pictures)
     assert train(tiny_three[0], pictures, steps=1).args[2]["loss"]
+
+
+@pytest.mark.parametrize("where", ["look_at", "validate", "sample"])
+def test_an_interruption_is_heard_where_no_step_is_done(
+    tiny_three, pictures, places, monkeypatch, where
+):
+    """While pictures are looked at, in validation, and while sample pictures are drawn."""
+    owner = scan if where == "look_at" else FlowTask
+    original = getattr(owner, where)
+
+    def interrupted(*given):
+        comfy.model_management.interrupt_current_processing()
+        return original(*given)
+
+    monkeypatch.setattr(owner, where, interrupted)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(tiny_three[0], pictures, validate_every=2)
+    comfy.model_management.interrupt_current_processing(False)  # other threads look on
+    log = places / "output" / "sd3" / "mine" / "log.jsonl"
+    if where == "look_at":
+        assert not log.parent.exists()
+    else:
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert len(lines) == (0 if where == "validate" else 1)  # that of step 0, no step
+    monkeypatch.setattr(owner, where, original)
+    assert len(train(tiny_three[0], pictures, validate_every=2).args[2]["loss"]) == 4
 
 
 # The base
