@@ -27,7 +27,7 @@ from .learner import Best, Learner, diverged
 from .optimizers import Parameters, learning_rate, swapped
 from .run import Run
 
-TIMED_STEPS = 3  # after which the remaining time is told
+TIMED_STEPS = 2  # the first one also warms up; after which the remaining time is told
 STOPPED = "-stopped"  # name of the product of a run that has not come to its end
 
 
@@ -235,7 +235,7 @@ class Session:
     def _seconds_left(self) -> float | None:
         if len(self.durations) < TIMED_STEPS:
             return None
-        recent = self.durations[1:][-50:]  # the first one also warms up
+        recent = self.durations[1:][-50:]
         return sum(recent) / len(recent) * (self.config.steps - self.learner.step)
 
     def _tell_time(self, progress: Progress) -> None:
