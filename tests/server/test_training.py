@@ -63,6 +63,12 @@ def logged_steps(folder):
     return [line["step"] for line in lines if "loss" in line]
 
 
+def goes_on_from(entry) -> int:
+    """The step that a run's report says it went on from."""
+    told = "\n".join(reports(entry)["train"]["notes"])
+    return int(told.partition("goes on from step ")[2].split()[0])
+
+
 def test_a_run_is_interrupted_survives_a_restart_goes_on_and_is_used(tmp_path):
     write_pictures(tmp_path / "input" / "shapes", 4)
     with serve(tmp_path) as server:
@@ -86,18 +92,25 @@ def test_a_run_is_interrupted_survives_a_restart_goes_on_and_is_used(tmp_path):
         assert listener.of("preview")
         listener.close()
         server.free()
+        steps = len(reached) + 1
+        entry = server.run(training(steps))
+        assert logged_steps(tmp_path) == list(range(1, steps + 1))
+        assert goes_on_from(entry) == len(reached)
+        server.free()
         base = server.picture(server.run(text_to_image()))
     with serve(tmp_path) as server:
-        steps = len(reached) + 2
+        steps += 1
         entry = server.run(training(steps))
         assert logged_steps(tmp_path) == list(range(1, steps + 1))
         report = reports(entry)["train"]
         assert report["steps"] == steps
-        assert any("goes on from step" in note for note in report["notes"])
+        assert goes_on_from(entry) == steps - 1
         assert entry["outputs"]["train"]["images"]
-        (saved,) = (tmp_path / "output" / "loras").glob("shapes*.safetensors")
+        _, saved = sorted((tmp_path / "output" / "loras").glob("shapes*.safetensors"))
         drawn = server.run(with_lora(saved.name))
         assert reports(drawn)["lora"]["unmatched"] == 0
         assert server.picture(drawn) != base
-        again = server.run(training(steps))  # nothing to do
-        assert reports(again) == {} or reports(again)["train"]["steps"] == steps
+        server.free()  # else ComfyUI does not even ask the node
+        notes = reports(server.run(training(steps)))["train"]["notes"]
+        assert "is finished; nothing was computed" in notes[-1]
+        assert logged_steps(tmp_path) == list(range(1, steps + 1))
