@@ -372,6 +372,30 @@ def test_a_lora_of_another_loader_is_carried_and_counted(tiny_three, styled, pic
     assert told(output)["base_loras"] == ["a LoRA of 1 layers from another loader"]
 
 
+def test_loras_of_both_kinds_of_loader_are_named(styled):
+    (model,) = nodes.LoraLoaderModelOnly().load_lora_model_only(styled, "style.safetensors", 0.5)
+    assert FrozenBase(styled).loras == ["style.safetensors x 0.5"]
+    both = ["style.safetensors x 0.5", "1 patches from another loader"]
+    assert FrozenBase(model).loras == both
+    assert FrozenBase(model).base.changes[:2] == tuple(both)
+
+
+def test_a_model_set_to_be_sampled_otherwise_is_refused_by_name(tiny_three):
+    from comfy_extras import nodes_model_advanced as native
+
+    (model,) = native.ModelSamplingDiscrete().patch(tiny_three[0], "eps", False)
+    with pytest.raises(NodeError, match="wrong_model: .*sampled by ModelSamplingDiscrete and EPS"):
+        FrozenBase(model)
+    (model,) = native.ModelSamplingContinuousEDM().patch(tiny_three[0], "eps", 120.0, 0.002)
+    with pytest.raises(NodeError, match="sampled by ModelSamplingContinuousEDM and EPS"):
+        FrozenBase(model)
+    (model,) = native.ModelSamplingAuraFlow().patch_aura(tiny_three[0], 1.73)  # multiplier 1
+    with pytest.raises(NodeError, match="DiscreteFlow and CONST with multiplier 1,"):
+        FrozenBase(model)
+    (model,) = native.ModelSamplingSD3().patch(tiny_three[0], 2.5)
+    assert FrozenBase(model).shift == 2.5
+
+
 def test_speed_is_of_sampling_and_does_not_keep_a_model_from_training(tiny_three):
     model = SD3Speed.execute(tiny_three[0], 0.1).args[0]
     base, plain = (FrozenBase(one).base for one in (model, tiny_three[0]))
