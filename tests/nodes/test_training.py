@@ -501,6 +501,13 @@ def test_folder_or_pictures_not_both_and_not_neither(tiny_three):
         SD3TrainingImages.execute(clip, vae, "", 1, torch.rand(3, 64, 64, 3), "a\nb")
 
 
+def test_pairs_of_a_folder_and_of_the_graph_are_not_mixed(tiny_three, preferences):
+    clip, vae = tiny_three[1:]
+    for sides in ({"chosen": torch.rand(1, 64, 64, 3)}, {"rejected": torch.rand(1, 64, 64, 3)}):
+        with pytest.raises(NodeError, match="bad_setting: folder is 'pairs' and pictures are"):
+            SD3Preferences.execute(clip, vae, "pairs", **sides)
+
+
 def test_the_fingerprint_of_a_folder_follows_its_files(places):
     first = SD3TrainingImages.fingerprint_inputs(folder="pictures", repeats=1)
     assert SD3TrainingImages.fingerprint_inputs(folder="pictures", repeats=1) == first
