@@ -362,6 +362,12 @@ class SD3Preferences(io.ComfyNode):
         captions: str = "",
     ) -> io.NodeOutput:
         files = encoder_files(clip, vae)
+        if folder.strip() and (chosen is not None or rejected is not None):
+            raise NodeError(
+                "bad_setting",
+                f"folder is {folder!r} and pictures are connected, too: leave folder empty to take "
+                "them, or remove the links of chosen and rejected.",
+            )
         path = find_data(folder) if folder.strip() else keep_pairs(chosen, rejected, captions)
         with coded("bad_setting"):
             listing = list_pairs(Source(path))

@@ -12,6 +12,7 @@ from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
+import comfy.model_sampling
 import torch
 from torch import Tensor, nn
 
@@ -26,6 +27,7 @@ from .errors import NodeError
 from .wires import origin_of
 
 PREFIX = "diffusion_model."
+MULTIPLIER = 1000  # sigma -> the timestep that the network is told
 # Options of a MODEL that act in sampling only: training has no use for them.
 SAMPLING_ONLY = (
     *("sampler_", "denoise_mask_function", "disable_cfg1_optimization"),
@@ -56,9 +58,12 @@ class FrozenBase:
         self.path: Path = origin.paths["mmdit"]
         self.patches: Mapping[str, Any] = model.patches
         self.loras = [f"{one['file']} x {one['strength']:g}" for one in origin.loras]
+        others = sum(map(len, self.patches.values())) - origin.lora_patches
         if not self.loras and self.patches:
             self.loras = [f"a LoRA of {len(self.patches)} layers from another loader"]
-        self.shift = float(model.get_model_object("model_sampling").shift)
+        elif others > 0:
+            self.loras.append(f"{others} patches from another loader")
+        self.shift = shift_of_sampling(model.get_model_object("model_sampling"))
         self.patcher: Any = None
 
     @property
@@ -86,6 +91,21 @@ class FrozenBase:
             self.patcher = None
         comfy.model_management.cleanup_models()
         comfy.model_management.soft_empty_cache()
+
+
+def shift_of_sampling(sampling: Any) -> float:
+    """The shift of a rectified flow.  Raises NodeError for another way to sample."""
+    flow = isinstance(sampling, comfy.model_sampling.ModelSamplingDiscreteFlow)
+    if not flow or sampling.multiplier != MULTIPLIER:
+        what = " and ".join(base.__name__ for base in type(sampling).__bases__)
+        if flow:
+            what += f" with multiplier {sampling.multiplier:g}"
+        raise NodeError(
+            "wrong_model",
+            f"this MODEL is set to be sampled by {what}, and training follows SD3's rectified "
+            "flow, whose shift ModelSamplingSD3 sets. Connect the MODEL from before that node.",
+        )
+    return float(sampling.shift)
 
 
 class Holder(nn.Module):

@@ -182,8 +182,8 @@ class SD3LoadLoRA(io.ComfyNode):
 def patched(model: Any, clip: Any, found: Matched, path: Path, strength: float) -> tuple[Any, Any]:
     """Clones of MODEL and CLIP that carry the patches."""
     model = model.clone()
-    model.add_patches(found.model, strength)
-    set_origin(model, with_lora(origin_of(model), path, strength))
+    added = model.add_patches(found.model, strength)
+    set_origin(model, with_lora(origin_of(model), path, strength, len(added)))
     if clip is not None:
         clip = clip.clone()
         clip.add_patches(found.clip, strength)

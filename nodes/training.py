@@ -31,6 +31,7 @@ from ..sd3_core.training.config import (
 )
 from ..sd3_core.training.curve import density_image
 from ..sd3_core.training.densities import find_density
+from ..sd3_core.training.dpo import newest_numbers, spoken
 from ..sd3_core.training.flow import STORED
 from ..sd3_core.training.folders import list_pictures
 from ..sd3_core.training.loop import Outcome
@@ -56,6 +57,14 @@ WITHHELD = (
     *("run_name", "output", "method", "checkpoint", "mmdit", "vae", "clip_l", "clip_g", "t5"),
     *("tokenizers", "data", "validation_data", "device", "dialect", "use"),
 )
+# Others that are set elsewhere in the graph, and where.
+ELSEWHERE = {
+    **dict.fromkeys(
+        ("density", "shift", "lowest_sigma", "highest_sigma"),
+        "the node SD3 Timestep Density on the input density",
+    ),
+    "sample_prompts": "the input sample_prompt",
+}
 UNSET = {"resolution": 0, "lora_alpha": 0.0}  # what stands for None in a widget
 SELDOM = 10**6  # steps between sample pictures: before the first step and after the last
 
@@ -193,6 +202,9 @@ def run_settings(widgets: Mapping[str, Any], more: str) -> dict[str, Any]:
         raise ValueError(
             f"more names {', '.join(withheld)}, which the node's own inputs decide; remove it."
         )
+    for name in extra:
+        if where := ELSEWHERE.get(name):
+            raise ValueError(f"more names {name}, which is not set there: use {where}.")
     if twice := sorted(set(extra) & set(widgets)):
         raise ValueError(f"more repeats {', '.join(twice)}, which is an input of the node.")
     return {**settings, **extra}
@@ -243,6 +255,7 @@ def plan_run(
         settings["sample_prompts"] = [first_caption(data, method == "dpo")]
     return make_config(
         {
+            "save_dtype": "fp32",  # what leaves the node is rounded once, by what saves it
             **settings,
             **density_settings(density, base.shift),
             **file_settings(data, base.path),
@@ -285,7 +298,9 @@ def run_to_the_end(config: TrainConfig, base: FrozenBase, listener: Listener) ->
     comfy.model_management.soft_empty_cache()
     try:
         with torch.inference_mode(False), torch.enable_grad(), coded("bad_setting"):
-            return train(config, listener.on_step, listener.on_note, listener.on_encoded, base.base)
+            heard = (listener.on_step, listener.on_note, listener.on_encoded)
+            poll = comfy.model_management.throw_exception_if_processing_interrupted
+            return train(config, *heard, base.base, poll)
     except NodeError as error:
         if isinstance(error.__cause__, RunRefused):
             raise NodeError("run_refused", str(error.__cause__)) from error
@@ -307,7 +322,11 @@ def result(
     found = match(tensors, model, None)
     check_match(found, product)
     trained, _ = patched(model, None, found, product, 1.0)
-    losses = logged_losses(outcome.folder)
+    lines = log_lines(outcome.folder)
+    losses = [line["loss"] for line in lines if "loss" in line]
+    preference = newest_numbers(lines)
+    if preference:
+        listener.on_note(f"at step {preference['step']} {spoken(preference)}")
     samples = sample_files(outcome.folder / "samples")
     curve = opened(outcome.folder / "curve.png")
     images = as_images([opened(path) for path in samples]) if samples else as_images([curve])
@@ -318,6 +337,7 @@ def result(
         "lora": describe_file(product),
         "base_loras": base.loras,
         "stopped": outcome.stopped,
+        **({"preference": preference} if preference else {}),
         "notes": listener.notes,
         **meter.reading(),
     }
@@ -329,10 +349,10 @@ def result(
     )
 
 
-def logged_losses(folder: Path) -> list[float]:
-    """Of every step of a run, from its log."""
+def log_lines(folder: Path) -> list[dict[str, Any]]:
+    """A run's log: its steps and its measurements."""
     texts = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [line["loss"] for line in map(json.loads, texts) if "loss" in line]
+    return [json.loads(text) for text in texts]
 
 
 # Nodes

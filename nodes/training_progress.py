@@ -15,11 +15,13 @@ from torch import Tensor
 
 from ..sd3_core.training.cache import Progress as Encoded
 from ..sd3_core.training.curve import curve_image
+from ..sd3_core.training.dpo import NUMBERS, spoken
 from ..sd3_core.training.loop import Progress, spoken_time
 
 PREVIEW_EVERY = 2.0  # seconds
 TEXT_EVERY = 0.5
 PREVIEW_SIZE = 512  # pixels
+BUSY = "The queue is busy until this run ends; interrupting saves it."
 
 
 class Listener:
@@ -46,13 +48,15 @@ class Listener:
         self.lines.append({"step": progress.step, "loss": progress.loss})
         self.bar.update_absolute(progress.step, progress.total, self.preview())
         left = progress.seconds_left
-        about = "" if left is None else f", about {spoken_time(left)} left; the queue waits"
+        about = "" if left is None else f", about {spoken_time(left)} left"
         told = f"step {progress.step} of {progress.total}, loss {progress.loss:.4f}{about}"
+        if NUMBERS[0] in progress.logs:
+            told += f"\n{spoken(progress.logs)}"
         self.tell(told, TEXT_EVERY)
         comfy.model_management.throw_exception_if_processing_interrupted()
 
     def tell(self, text: str, every: float = 0.0) -> None:
-        """Show text on the node, at most once in so many seconds."""
+        """Show text on the node, over BUSY, at most once in so many seconds."""
         now = time.monotonic()
         if now - self.last_text < every:
             return
@@ -61,7 +65,7 @@ class Listener:
 
         server = getattr(PromptServer, "instance", None)
         if server is not None and self.node_id:
-            server.send_progress_text(text, self.node_id)
+            server.send_progress_text(f"{text}\n{BUSY}", self.node_id)
 
     def preview(self) -> tuple[str, Image.Image, int] | None:
         """The loss so far over the newest sample pictures, now and then."""

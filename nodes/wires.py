@@ -43,6 +43,7 @@ class Origin:
 
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     loras: tuple[dict[str, Any], ...] = ()
+    lora_patches: int = 0  # of weights, that these put there
     native_pixels: int = MEGAPIXEL
     paths: dict[str, Path] = field(default_factory=dict)
 
@@ -74,9 +75,9 @@ def origin_of(patcher: Any) -> Origin:
     return getattr(patcher, "attachments", {}).get(ATTACHMENT) or Origin()
 
 
-def with_lora(origin: Origin, path: Path, strength: float) -> Origin:
+def with_lora(origin: Origin, path: Path, strength: float, patches: int) -> Origin:
     lora = {**describe_file(path), "strength": strength}
-    return replace(origin, loras=(*origin.loras, lora))
+    return replace(origin, loras=(*origin.loras, lora), lora_patches=origin.lora_patches + patches)
 
 
 # MODEL and CONDITIONING

@@ -669,7 +669,7 @@ def train_dpo(graph: Graph) -> None:
         rank=8,
         batch_size=2,
         warmup=10,
-        validate_every=15,
+        validate_every=5,
         gradient_checkpointing=False,
     )
     graph.group("Keep and look")

@@ -245,8 +245,8 @@ def read_toml(text: str) -> dict[str, Any]:
             import tomli as tomllib
         except ImportError:
             raise ValueError(
-                "TOML needs Python 3.11; on 3.10 install tomli, or write the same settings as a "
-                ".json file"
+                "TOML needs Python 3.11; on 3.10 install the package tomli (a file of "
+                "settings may be .json instead)"
             ) from None
     return tomllib.loads(text)
 

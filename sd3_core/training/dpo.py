@@ -20,7 +20,11 @@ from .loop import Losses
 from .preference import PairErrors, Preference, diffusion_dpo_loss
 from .validation import LEVELS, losses_per_level
 
+NUMBERS = ("accuracy", "winner_gap", "loser_gap", "margin")  # beside the loss
 GAP = "validation_winner_gap"  # in the log
+ON_TRAINED_PAIRS = (
+    "validation is on pairs that are trained on, so its numbers are better than those of new pairs"
+)
 
 
 class DPOTask(FlowTask):
@@ -35,12 +39,7 @@ class DPOTask(FlowTask):
             reference = self.errors(winner, loser)
         preference = self.preference(self.errors(winner, loser), reference)
         weights = winner.weights.to(preference.loss.device)
-        logs = {
-            "accuracy": preference.accuracy,
-            "winner_gap": preference.winner_gap,
-            "loser_gap": preference.loser_gap,
-            "margin": preference.margin,
-        }
+        logs = {name: getattr(preference, name) for name in NUMBERS}
         return Losses(preference.loss * weights, logs)
 
     def errors(self, winner: Batch, loser: Batch) -> PairErrors:
@@ -73,7 +72,7 @@ class DPOTask(FlowTask):
     def validate(self) -> Mapping[str, float]:
         """Means over the held pairs and the noise levels below 1: what `loss` logs."""
         self.model.eval()
-        names = ("loss", "accuracy", "winner_gap", "loser_gap", "margin")
+        names = ("loss", *NUMBERS)
         totals = torch.zeros(len(names), device=self.place.device)
         world = self.place.world
         for number, item in enumerate(self.held):
@@ -114,15 +113,52 @@ class DPOTask(FlowTask):
         gaps = [line[GAP] for line in measured[-patience:]]
         if not patience or len(gaps) < patience or min(gaps) <= 0 or gaps[-1] < max(gaps):
             return ""
-        best = min(measured, key=lambda line: line["validation_loss"])
+        kept = [line for line in measured if winners_kept(line[GAP])]
+        best = min(kept, key=lambda line: line["validation_loss"])["step"] if kept else 0
+        advice = (
+            f"The LoRA given out is that of step {best}, the best one before that"
+            if best
+            else "No measured state is better than the untrained network; the LoRA given out is "
+            "the last one, for inspection only"
+        )
         anchor = 0.1 * self.config.dpo_beta / 4
         return (
             f"stopped at step {measured[-1]['step']}: in the last {patience} measurements the "
             f"chosen pictures' error lay above the untrained network's and rose to {gaps[-1]:+.3g},"
-            " so the preference is being followed by making both pictures worse. The best state "
-            f"was that of step {best['step']}. For the next run (another run_name) lower "
-            f"learning_rate, raise dpo_beta, or set dpo_sft_weight = {anchor:g}."
+            f" so the preference is being followed by making both pictures worse. {advice}. For "
+            "the next run (another run_name) lower learning_rate, raise dpo_beta, or set "
+            f"dpo_sft_weight = {anchor:g}."
         )
+
+    def acceptable(self, measured: Mapping[str, float]) -> bool:
+        """The loss alone would choose the most spoiled state: it falls as long as the loser gets
+        worse faster than the winner."""
+        return winners_kept(measured["winner_gap"])
+
+
+def spoken(numbers: Mapping[str, float]) -> str:
+    """NUMBERS in words."""
+    return (
+        f"the preference is followed in {numbers['accuracy']:.0%} of the pairs; against the "
+        f"untrained network the chosen pictures' error is {numbers['winner_gap']:+.2g} (should "
+        f"not rise), the rejected ones' {numbers['loser_gap']:+.2g}, "
+        f"the margin {numbers['margin']:+.2g}"
+    )
+
+
+def newest_numbers(lines: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Of a log: NUMBERS and their step, as last validated, else of the last step; empty: of no DPO
+    run."""
+    for prefix in ("validation_", ""):
+        for line in reversed(lines):
+            if prefix + "accuracy" in line:
+                return {"step": line["step"], **{name: line[prefix + name] for name in NUMBERS}}
+    return {}
+
+
+def winners_kept(gap: float) -> bool:
+    """Whether the chosen pictures' error is no higher than the untrained network's."""
+    return gap <= 0
 
 
 def pairs(batches: Batches, step: int, rows: range, size: int) -> tuple[Batch, Batch]:

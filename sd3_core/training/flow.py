@@ -20,7 +20,7 @@ from .batches import Batches, generator
 from .config import TrainConfig
 from .dataset import Item
 from .distributed import World
-from .loop import Losses
+from .loop import Losses, Poll, never
 from .objectives import Objective, Predict
 from .optimizers import Parameters
 from .validation import validation_loss
@@ -47,7 +47,7 @@ class FlowTask:
     """Predict what the objective asks for, at a random time of a picture, given its caption.
 
     adapters: a LoRA on the model, which is then all that is trained.  metadata: for the product, by
-    its step.  held: what is validated on.
+    its step.  held: what is validated on.  poll: asked before each pass of the network.
     """
 
     def __init__(
@@ -61,11 +61,12 @@ class FlowTask:
         place: Place,
         metadata: Callable[[int], Mapping[str, str]],
         draw_samples: DrawSamples = no_samples,
+        poll: Poll = never,
     ):
         self.model, self.adapters = model, adapters
         self.objective, self.batches, self.held = objective, batches, held
         self.config, self.place = config, place
-        self.metadata, self.draw_samples = metadata, draw_samples
+        self.metadata, self.draw_samples, self.poll = metadata, draw_samples, poll
         self.product = "lora" if adapters is not None else "model"
         trained = model if adapters is None else adapters
         self.parameters: Parameters = dict(trained.named_parameters())
@@ -75,6 +76,7 @@ class FlowTask:
         given = conditioning.to(self.place.device, self.place.dtype)
 
         def predict(x: Tensor, timestep: Tensor) -> Tensor:
+            self.poll()
             timestep = timestep.to(x.device)
             return self.model(x.to(self.place.dtype), timestep, given.context, given.pooled).float()
 
@@ -112,6 +114,9 @@ class FlowTask:
 
     def verdict(self, lines: Sequence[Mapping[str, Any]]) -> str:
         return ""
+
+    def acceptable(self, measured: Mapping[str, float]) -> bool:
+        return True
 
     def validate(self) -> Mapping[str, float]:
         self.model.eval()

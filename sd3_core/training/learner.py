@@ -22,7 +22,7 @@ from .run import State
 
 @dataclass(frozen=True)
 class Best:
-    """The measurement with the lowest validation loss."""
+    """The measurement with the lowest validation loss among those that are acceptable."""
 
     step: int
     loss: float

@@ -27,7 +27,7 @@ from .learner import Best, Learner, diverged
 from .optimizers import Parameters, learning_rate, swapped
 from .run import Run
 
-TIMED_STEPS = 3  # after which the remaining time is told
+TIMED_STEPS = 2  # the first one also warms up; after which the remaining time is told
 STOPPED = "-stopped"  # name of the product of a run that has not come to its end
 
 
@@ -50,7 +50,8 @@ class Task(Protocol):
         ...
 
     def validate(self) -> Mapping[str, float]:
-        """Measurements on fixed data with fixed noise; "loss" decides which weights are best."""
+        """Measurements on fixed data with fixed noise; the lowest "loss" that fit's `acceptable`
+        lets pass decides which weights are best."""
         ...
 
     def sample(self, folder: Path, step: int) -> None:
@@ -72,6 +73,7 @@ class Progress:
     learning_rate: float
     gradient_norm: float  # before clipping
     seconds_left: float | None  # None in the first steps
+    logs: Mapping[str, float] = field(default_factory=dict)  # the log's line, without the rest
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ class Outcome:
     """A finished run."""
 
     product: Path
-    best: Path | None  # the product with the lowest validation loss
+    best: Path | None  # the product of the best measurement; None: nothing beat the beginning
     step: int
     folder: Path
     stopped: str = ""  # why it ended before its last step, where it did
@@ -87,17 +89,31 @@ class Outcome:
 
 OnStep = Callable[[Progress], None]  # what it raises stops the run, after it is saved
 OnNote = Callable[[str], None]  # receives sentences for the user
+# Asked before each pass of the network, between sampling steps and pictures looked at; what it
+# raises stops the run as on_step does.
+Poll = Callable[[], None]
 # By the lines of the log: why training should end before its last step; empty: it goes on.
 Verdict = Callable[[Sequence[Mapping[str, Any]]], str]
+# By what `Task.validate` returned: whether this state may become the best one.
+Acceptable = Callable[[Mapping[str, float]], bool]
 
 
 def ignore(_: object) -> None:
     """The listener that is used when there is none."""
 
 
+def never() -> None:
+    """The poll that never stops a run."""
+
+
 def go_on(lines: Sequence[Mapping[str, Any]]) -> str:
     """The verdict that never ends a run early."""
     return ""
+
+
+def any_state(measured: Mapping[str, float]) -> bool:
+    """Where the loss alone says which state is best."""
+    return True
 
 
 def fit(
@@ -108,6 +124,7 @@ def fit(
     on_step: OnStep = ignore,
     on_note: OnNote = ignore,
     verdict: Verdict = go_on,
+    acceptable: Acceptable = any_state,
 ) -> Outcome:
     """Train to the last step, or to the verdict, from wherever the run stands.
 
@@ -121,7 +138,7 @@ def fit(
     say = on_note if world.first else ignore
     learner = Learner(task.parameters, config)
     _resume(learner, run, world, say)
-    session = Session(task, run, config, world, learner, say)
+    session = Session(task, run, config, world, learner, say, acceptable)
     with session.saved_at_the_end(), stop_signals() as asked_to_stop:
         if not learner.looked:
             session.look()
@@ -162,9 +179,11 @@ class Session:
         world: World,
         learner: Learner,
         say: OnNote,
+        acceptable: Acceptable,
     ):
         self.task, self.run, self.config = task, run, config
         self.world, self.learner, self.say = world, learner, say
+        self.acceptable = acceptable
         # of the newest saved state: its step, and whether that step was looked at
         self.saved = (learner.step, learner.looked) if run.states() else (-1, False)
         self.durations: list[float] = []  # seconds, of this session's steps
@@ -192,7 +211,7 @@ class Session:
             self.run.write(line)
         self.durations.append(time.perf_counter() - begin)
         progress = Progress(
-            learner.step, self.config.steps, logs["loss"], rate, norm, self._seconds_left()
+            learner.step, self.config.steps, logs["loss"], rate, norm, self._seconds_left(), logs
         )
         self._tell_time(progress)
         return progress, values[-1] > 0
@@ -216,7 +235,7 @@ class Session:
     def _seconds_left(self) -> float | None:
         if len(self.durations) < TIMED_STEPS:
             return None
-        recent = self.durations[1:][-50:]  # the first one also warms up
+        recent = self.durations[1:][-50:]
         return sum(recent) / len(recent) * (self.config.steps - self.learner.step)
 
     def _tell_time(self, progress: Progress) -> None:
@@ -262,7 +281,11 @@ class Session:
         if self.world.first:
             named = {f"validation_{name}": value for name, value in measured.items()}
             self.run.write({"step": learner.step, **named})
-        if learner.best is not None and measured["loss"] >= learner.best.loss:
+        known = learner.best
+        again = known is not None and known.step == learner.step  # stopped before it was saved
+        if known is not None and not again and measured["loss"] >= known.loss:
+            return False
+        if not self.acceptable(measured):
             return False
         learner.best = Best(learner.step, measured["loss"])
         if learner.step:

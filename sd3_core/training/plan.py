@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..models.mmdit import MMDiT, MMDiTConfig
 from .config import TrainConfig
+from .loop import TIMED_STEPS
 from .optimizers import matrices_in
 from .report import counted
 
@@ -70,6 +71,7 @@ class TrainPlan:
             f"{self.global_batch} samples each: {self.epochs:.1f} epochs in all",
             f"memory: about {_gib(size.total)}{found} (network {_gib(size.weights)}, training "
             f"state {_gib(size.trained)}, activations {_gib(size.activations)})",
+            f"time: told after {TIMED_STEPS} steps",
         ]
 
 

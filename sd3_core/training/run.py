@@ -109,6 +109,10 @@ class Run:
         """
         known = self._config()
         identity, contents = json.loads(json.dumps(identity)), contents or {}
+        if known is not None:  # what has become free since then cannot differ
+            before = known["identity"].items()
+            kept = {k: v for k, v in before if k in identity or k not in settings}
+            known = {**known, "identity": kept}
         reached = max(self.states(), default=0)
         if known is not None and known["identity"] != identity and reached == 0:
             # Nothing was learnt yet, for example because the memory did not suffice.

@@ -11,10 +11,12 @@ from ..generate import decode, sample_with, text_encoders
 from ..models.mmdit import MMDiT
 from ..noise import noise
 from ..pictures import save_png, to_uint8
+from ..samplers import Step
 from ..schedule import Schedule
 from ..settings import Plan, Settings, make_plan
 from .config import TrainConfig
 from .densities import find_density
+from .loop import Poll, never
 from .objectives import Objective, RectifiedFlow, find_objective
 
 
@@ -33,6 +35,7 @@ class SamplePictures:
 
     samples: tuple[Sample, ...]
     objective: Objective
+    poll: Poll = never  # asked after each sampling step
 
     def draw(self, model: MMDiT, folder: Path, step: int) -> None:
         """Write step-000100-1.png, ... into the folder."""
@@ -53,8 +56,12 @@ class SamplePictures:
     def _latents(self, model: MMDiT, sample: Sample) -> Tensor:
         plan = sample.plan
         start = torch.zeros(plan.latent_shape, device=plan.device)
+
+        def on_step(_: Step) -> None:
+            self.poll()
+
         if isinstance(self.objective, RectifiedFlow):
-            return sample_with(model, plan, sample.positive, sample.negative, start)
+            return sample_with(model, plan, sample.positive, sample.negative, start, on_step)
         positive = sample.positive.to(plan.device, plan.dtype)
         negative = sample.negative.to(plan.device, plan.dtype)
 
@@ -65,10 +72,13 @@ class SamplePictures:
             return without + (with_words - without) * plan.cfg
 
         begin = noise(plan.latent_shape, plan.settings.seed).to(plan.device)
-        return self.objective.sample(predict, begin, plan.settings.steps or len(plan.sigmas) - 1)
+        steps = plan.settings.steps or len(plan.sigmas) - 1
+        return self.objective.sample(predict, begin, steps, on_step)
 
 
-def encode_samples(config: TrainConfig, schedule: Schedule, resolution: int) -> SamplePictures:
+def encode_samples(
+    config: TrainConfig, schedule: Schedule, resolution: int, poll: Poll = never
+) -> SamplePictures:
     """Plans of the sample pictures, their prompts encoded; the encoders leave again.
 
     Raises ValueError for settings that cannot be drawn.
@@ -92,6 +102,7 @@ def encode_samples(config: TrainConfig, schedule: Schedule, resolution: int) -> 
     encoders = text_encoders(config.files, plans[0])
     samples = []
     for plan in plans:
+        poll()
         given = {"use": config.use, "t5_length": config.t5_length}
         positive = encoders.encode(plan.settings.prompt, **given)
         negative = encoders.encode("", **given)
@@ -105,4 +116,4 @@ def encode_samples(config: TrainConfig, schedule: Schedule, resolution: int) -> 
     objective = find_objective(
         config.objective, RectifiedFlow(find_density(config.density), schedule)
     )
-    return SamplePictures(tuple(samples), objective)
+    return SamplePictures(tuple(samples), objective, poll)

@@ -17,6 +17,7 @@ from .dataset import Dataset, read_dataset
 from .densities import find_density
 from .folders import Source
 from .framing import Framing
+from .loop import Poll, never
 from .objectives import Objective, RectifiedFlow, find_objective
 from .preferences import read_preferences
 
@@ -36,8 +37,11 @@ class Subject:
     held: Dataset | None  # to validate on; None: the dataset itself
 
 
-def find_subject(config: TrainConfig) -> Subject:
-    """Read headers and look at the pictures.  Raises CheckpointError and ValueError."""
+def find_subject(config: TrainConfig, poll: Poll = never) -> Subject:
+    """Read headers and look at the pictures, asking `poll` after each.
+
+    Raises CheckpointError and ValueError.
+    """
     if not config.data:
         raise ValueError('data is missing; name a folder of pictures: data = "pictures".')
     parts = find_networks(config)
@@ -64,8 +68,8 @@ def find_subject(config: TrainConfig) -> Subject:
     objective = find_objective(config.objective, flow)
     held = None
     if config.validation_data and config.validate_every:
-        held = dataset_of(config, config.validation_data, resolution)
-    dataset = dataset_of(config, config.data, resolution)
+        held = dataset_of(config, config.validation_data, resolution, poll)
+    dataset = dataset_of(config, config.data, resolution, poll)
     return Subject(
         parts, sizes["mmdit"], preset, kind, resolution, schedule, objective, dataset, held
     )
@@ -137,8 +141,14 @@ def new_mmdit(config: TrainConfig, sizes: Mapping[str, Any]) -> MMDiTConfig:
     )
 
 
-def dataset_of(config: TrainConfig, sources: tuple[Source, ...], resolution: int) -> Dataset:
+def dataset_of(
+    config: TrainConfig, sources: tuple[Source, ...], resolution: int, poll: Poll
+) -> Dataset:
     memory = cache_folder(config) / "pictures.jsonl"
+
+    def on_progress(done: int, total: int) -> None:
+        poll()
+
     if config.method == "dpo":
         framing = Framing(
             resolution,
@@ -149,7 +159,7 @@ def dataset_of(config: TrainConfig, sources: tuple[Source, ...], resolution: int
             config.crop,
             config.seed,
         )
-        return read_preferences(sources, framing=framing, memory=memory)
+        return read_preferences(sources, framing=framing, memory=memory, on_progress=on_progress)
     return read_dataset(
         sources,
         resolution=resolution,
@@ -161,6 +171,7 @@ def dataset_of(config: TrainConfig, sources: tuple[Source, ...], resolution: int
         crop_seed=config.seed,
         original_share=config.original_share,
         memory=memory,
+        on_progress=on_progress,
     )
 
 

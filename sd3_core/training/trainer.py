@@ -4,14 +4,17 @@
 (the encoders then leave), load the network, and give it to the loop.
 """
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import lora
+from ..checkpoints.header import read_header
 from ..checkpoints.layouts import Component
 from ..checkpoints.load import component_of, load_mmdit
 from ..lora import TrainableLoRA
@@ -24,9 +27,9 @@ from .cache import Progress as CacheProgress
 from .config import TrainConfig, plain_settings
 from .contents import Contents
 from .distributed import World, find_world, joined
-from .dpo import DPOTask
+from .dpo import ON_TRAINED_PAIRS, DPOTask
 from .flow import FlowTask, Place
-from .loop import OnNote, OnStep, Outcome, fit, ignore, product_path
+from .loop import OnNote, OnStep, Outcome, Poll, fit, ignore, never, product_path
 from .metadata import metadata
 from .networks import add_qk_norm, load_to_train, recompute_blocks, write_new_mmdit
 from .optimizers import optimizer_package
@@ -45,11 +48,11 @@ from .subject import (
 from .validation import chosen
 
 # Settings that a run may change between two starts: where things lie, how a batch is divided, what
-# saves memory without changing a number.  The content of files and folders is compared instead, and
-# the size of the whole batch.
+# saves memory without changing a number, how a product is written.  The content of files and
+# folders is compared instead, and the size of the whole batch.
 FREE = (
     *("run_name", "output", "steps", "batch_size", "accumulation", "check_memory"),
-    "gradient_checkpointing",
+    *("gradient_checkpointing", "save_dtype"),
     *("data", "validation_data", "checkpoint", "tokenizers", *FLAGS),
 )
 
@@ -84,12 +87,14 @@ def train(
     on_note: OnNote = ignore,
     on_progress: OnProgress = ignore,
     base: Base = AS_STORED,
+    poll: Poll = never,
 ) -> Outcome:
     """Train, or go on, or return what is finished.
 
     on_step: after each step; what it raises stops the run, saved.  on_note: receives sentences.
     on_progress: while pictures and captions are encoded.  base: where another program holds the
-    network that a LoRA is trained on.  Under torchrun each process calls this.
+    network that a LoRA is trained on.  poll: how a host interrupts, see loop.Poll.  Under torchrun
+    each process calls this.
     Raises ValueError for settings, CheckpointError for files, RunRefused when the run of this name
     is another one or is being trained, and NumericalError when the loss is no longer a number.
     """
@@ -98,9 +103,11 @@ def train(
     place = pick_place(config, world)
     run_folder(config.output, config.run_name)
     optimizer_package(config)
-    subject = find_subject(config)
+    subject = find_subject(config, poll)
     for line in subject.dataset.report.lines():
         say(line)
+    if config.method == "dpo" and config.validate_every and subject.held is None:
+        say(ON_TRAINED_PAIRS)
     for name in zero_encoders(config, subject.parts):
         say(f"{name} is not among the files: zeros stand for it, here and wherever this is used")
     with joined(world, place.device), opened(config, world) as run:
@@ -113,11 +120,11 @@ def train(
         config = with_new_mmdit(config, subject, run, world)
         pictures = None
         if world.first and config.sample_every:
-            pictures = encode_samples(config, subject.schedule, subject.resolution)
+            pictures = encode_samples(config, subject.schedule, subject.resolution, poll)
         cache = prepared(config, subject, place, say, on_progress)
-        task = make_task(config, subject, cache, place, pictures, base)
+        task = make_task(config, subject, cache, place, pictures, base, poll)
         tell_plan(config, subject, task, cache.layout.length, run, say)
-        return fit(task, run, config, world, on_step, on_note, task.verdict)
+        return fit(task, run, config, world, on_step, on_note, task.verdict, task.acceptable)
 
 
 def pick_place(config: TrainConfig, world: World) -> Place:
@@ -172,10 +179,16 @@ def finished(config: TrainConfig, run: Run, world: World) -> Outcome | None:
     """The outcome of a run that has nothing left to do."""
     product = product_path(run, "lora" if config.trains_lora else "model")
     best = product_path(run, product.parent.name, "-best")
-    done = config.steps in run.states() and product.exists()
+    done = config.steps in run.states() and product.exists() and stored_as(config, product)
     if not world.share(int(done)):
         return None
     return Outcome(product, best if best.exists() else None, config.steps, run.folder)
+
+
+def stored_as(config: TrainConfig, product: Path) -> bool:
+    """Whether a product has the precision that is asked for; else it is written again."""
+    told = json.loads(read_header(product).metadata.get("sd3_workbench.training", "{}"))
+    return told.get("save_dtype") == config.save_dtype
 
 
 def with_new_mmdit(config: TrainConfig, subject: Subject, run: Run, world: World) -> TrainConfig:
@@ -217,6 +230,7 @@ def make_task(
     place: Place,
     pictures: SamplePictures | None,
     base: Base = AS_STORED,
+    poll: Poll = never,
 ) -> FlowTask:
     """What the loop is given: the network, its samples and its loss."""
     part = component_of(config.mmdit or subject.parts["mmdit"], "mmdit")
@@ -232,6 +246,7 @@ def make_task(
         place,
         lambda step: metadata(config, subject, cache, step, base.changes),
         **({} if pictures is None else {"draw_samples": pictures.draw}),
+        poll=poll,
     )
 
 

@@ -16,6 +16,8 @@ from sd3_pack.nodes.lora import SD3LoadLoRA
 from sd3_pack.nodes.speed import SD3Speed
 from sd3_pack.nodes.training import SD3SaveLoRA, SD3TimestepDensity, SD3TrainDPO, SD3TrainLoRA
 from sd3_pack.sd3_core.checkpoints.header import read_header
+from sd3_pack.sd3_core.training import scan
+from sd3_pack.sd3_core.training.flow import FlowTask
 from training_set import write_pictures
 
 import nodes
@@ -34,7 +36,7 @@ SETTINGS = {
     "sample_every": 0,
     "sample_prompt": "",
 }
-MORE = 'bucket_step = 16\nsave_dtype = "fp32"\nsample_steps = 2'
+MORE = "bucket_step = 16\nsample_steps = 2"
 
 
 @pytest.fixture(autouse=True)
@@ -136,6 +138,24 @@ def test_a_saved_lora_is_found_read_and_acts_as_the_run_s(tiny_three, pictures, 
     assert not list((places / "output" / "loras").glob(".*"))
 
 
+def test_what_comes_out_is_not_rounded_and_an_older_run_still_goes_on(tiny_three, pictures, places):
+    def rounded(output):
+        tensors = output.args[1].values()
+        return all(torch.equal(tensor, tensor.half().float()) for tensor in tensors)
+
+    assert not rounded(train(tiny_three[0], pictures))
+    as_fp16 = MORE + '\nsave_dtype = "fp16"'
+    assert rounded(train(tiny_three[0], pictures, run_name="older", more=as_fp16, steps=2))
+    # before, the precision of the file belonged to what a run is
+    path = places / "output" / "sd3" / "older" / "config.json"
+    config = json.loads(path.read_text())
+    config["identity"]["save_dtype"] = "fp16"
+    path.write_text(json.dumps(config))
+    again = train(tiny_three[0], pictures, run_name="older", steps=2)  # written anew
+    assert not rounded(again)
+    assert len(train(tiny_three[0], pictures, run_name="older").args[2]["loss"]) == 4
+
+
 def test_the_workflow_lies_in_the_file(tiny_three, pictures, places, monkeypatch):
     from comfy.cli_args import args
 
@@ -160,13 +180,29 @@ def test_the_workflow_lies_in_the_file(tiny_three, pictures, places, monkeypatch
     assert "workflow" not in silent
 
 
-def test_dpo_begins_at_ln_2_and_says_what_it_measured(tiny_three, preferences, places):
-    output = train(tiny_three[0], preferences, SD3TrainDPO, steps=3, dpo_beta=20.0)
+def test_dpo_begins_at_ln_2_and_says_what_it_measured(tiny_three, preferences, places, monkeypatch):
+    shown = []
+    monkeypatch.setattr(training.Listener, "tell", lambda self, text, every=0.0: shown.append(text))
+    output = train(
+        tiny_three[0], preferences, SD3TrainDPO, steps=3, dpo_beta=20.0, validate_every=3
+    )
     losses = output.args[2]["loss"]
     assert losses[0] == pytest.approx(0.693147, abs=1e-5)
     assert losses[-1] != losses[0]
     log = (places / "output" / "sd3" / "mine" / "log.jsonl").read_text().splitlines()
-    assert {"accuracy", "winner_gap", "loser_gap", "margin"} <= set(json.loads(log[-1]))
+    last = json.loads(log[-1])
+    told_numbers = told(output)["preference"]
+    assert told_numbers == {
+        "step": 3,
+        **{n: last[f"validation_{n}"] for n in ("accuracy", "winner_gap", "loser_gap", "margin")},
+    }
+    notes = "\n".join(told(output)["notes"])
+    assert "validation is on pairs that are trained on" in notes
+    accuracy, gap = told_numbers["accuracy"], told_numbers["winner_gap"]
+    assert f"at step 3 the preference is followed in {accuracy:.0%} of the pairs" in notes
+    assert f"the chosen pictures' error is {gap:+.2g}" in notes
+    (live,) = (text for text in shown if text.startswith("step 1 of 3"))
+    assert "followed in 50% of the pairs" in live  # before the first update
     assert json.loads(output.args[1].metadata["sd3_workbench.dpo"])["beta"] == 20.0
 
 
@@ -260,6 +296,32 @@ def test_an_interruption_while_encoding_leaves_nothing_half_done(tiny_three, pic
     assert train(tiny_three[0], pictures, steps=1).args[2]["loss"]
 
 
+@pytest.mark.parametrize("where", ["look_at", "validate", "sample"])
+def test_an_interruption_is_heard_where_no_step_is_done(
+    tiny_three, pictures, places, monkeypatch, where
+):
+    """While pictures are looked at, in validation, and while sample pictures are drawn."""
+    owner = scan if where == "look_at" else FlowTask
+    original = getattr(owner, where)
+
+    def interrupted(*given):
+        comfy.model_management.interrupt_current_processing()
+        return original(*given)
+
+    monkeypatch.setattr(owner, where, interrupted)
+    with pytest.raises(comfy.model_management.InterruptProcessingException):
+        train(tiny_three[0], pictures, validate_every=2)
+    comfy.model_management.interrupt_current_processing(False)  # other threads look on
+    log = places / "output" / "sd3" / "mine" / "log.jsonl"
+    if where == "look_at":
+        assert not log.parent.exists()
+    else:
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        assert len(lines) == (0 if where == "validate" else 1)  # that of step 0, no step
+    monkeypatch.setattr(owner, where, original)
+    assert len(train(tiny_three[0], pictures, validate_every=2).args[2]["loss"]) == 4
+
+
 # The base
 
 
@@ -308,6 +370,30 @@ def test_a_lora_of_another_loader_is_carried_and_counted(tiny_three, styled, pic
     )
     output = train(model, pictures, steps=1)
     assert told(output)["base_loras"] == ["a LoRA of 1 layers from another loader"]
+
+
+def test_loras_of_both_kinds_of_loader_are_named(styled):
+    (model,) = nodes.LoraLoaderModelOnly().load_lora_model_only(styled, "style.safetensors", 0.5)
+    assert FrozenBase(styled).loras == ["style.safetensors x 0.5"]
+    both = ["style.safetensors x 0.5", "1 patches from another loader"]
+    assert FrozenBase(model).loras == both
+    assert FrozenBase(model).base.changes[:2] == tuple(both)
+
+
+def test_a_model_set_to_be_sampled_otherwise_is_refused_by_name(tiny_three):
+    from comfy_extras import nodes_model_advanced as native
+
+    (model,) = native.ModelSamplingDiscrete().patch(tiny_three[0], "eps", False)
+    with pytest.raises(NodeError, match="wrong_model: .*sampled by ModelSamplingDiscrete and EPS"):
+        FrozenBase(model)
+    (model,) = native.ModelSamplingContinuousEDM().patch(tiny_three[0], "eps", 120.0, 0.002)
+    with pytest.raises(NodeError, match="sampled by ModelSamplingContinuousEDM and EPS"):
+        FrozenBase(model)
+    (model,) = native.ModelSamplingAuraFlow().patch_aura(tiny_three[0], 1.73)  # multiplier 1
+    with pytest.raises(NodeError, match="DiscreteFlow and CONST with multiplier 1,"):
+        FrozenBase(model)
+    (model,) = native.ModelSamplingSD3().patch(tiny_three[0], 2.5)
+    assert FrozenBase(model).shift == 2.5
 
 
 def test_speed_is_of_sampling_and_does_not_keep_a_model_from_training(tiny_three):
@@ -370,6 +456,16 @@ def test_memory_is_given_back(tiny_three, pictures):
         ({"run_name": "../elsewhere"}, "run_name is '../elsewhere'"),
         ({"more": 'data = "/etc"'}, "more names data"),
         ({"more": "rank = 3"}, "more repeats rank"),
+        *(
+            ({"more": line}, f"more names {line.split()[0]}, .*: use the node SD3 Timestep")
+            for line in (
+                'density = "uniform"',
+                "shift = 1.0",
+                "lowest_sigma = 0.1",
+                "highest_sigma = 0.9",
+            )
+        ),
+        ({"more": 'sample_prompts = ["a", "b"]'}, "more names sample_prompts, .* sample_prompt"),
         ({"more": "rnk = 3"}, "there is no setting 'rnk'. Did you mean rank"),
         ({"more": "steps"}, "bad_setting"),
         ({"learning_rate": 0.0}, "learning_rate is 0.0"),
@@ -403,6 +499,13 @@ def test_folder_or_pictures_not_both_and_not_neither(tiny_three):
             SD3TrainingImages.execute(clip, vae, folder, 1, images)
     with pytest.raises(NodeError, match="captions has 2 lines for 3 pictures"):
         SD3TrainingImages.execute(clip, vae, "", 1, torch.rand(3, 64, 64, 3), "a\nb")
+
+
+def test_pairs_of_a_folder_and_of_the_graph_are_not_mixed(tiny_three, preferences):
+    clip, vae = tiny_three[1:]
+    for sides in ({"chosen": torch.rand(1, 64, 64, 3)}, {"rejected": torch.rand(1, 64, 64, 3)}):
+        with pytest.raises(NodeError, match="bad_setting: folder is 'pairs' and pictures are"):
+            SD3Preferences.execute(clip, vae, "pairs", **sides)
 
 
 def test_the_fingerprint_of_a_folder_follows_its_files(places):

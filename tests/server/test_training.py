@@ -63,6 +63,12 @@ def logged_steps(folder):
     return [line["step"] for line in lines if "loss" in line]
 
 
+def goes_on_from(entry) -> int:
+    """The step that a run's report says it went on from."""
+    told = "\n".join(reports(entry)["train"]["notes"])
+    return int(told.partition("goes on from step ")[2].split()[0])
+
+
 def test_a_run_is_interrupted_survives_a_restart_goes_on_and_is_used(tmp_path):
     write_pictures(tmp_path / "input" / "shapes", 4)
     with serve(tmp_path) as server:
@@ -77,24 +83,34 @@ def test_a_run_is_interrupted_survives_a_restart_goes_on_and_is_used(tmp_path):
         listener.until("execution_interrupted", prompt, timeout=120)
         reached = logged_steps(tmp_path)
         assert 3 <= len(reached) < 1000
-        told = b"".join(event.data for event in listener.of("text")).decode(errors="replace")
-        assert "memory: about" in told  # the plan came before the steps
-        assert "the queue waits" in told or len(reached) < 4
+        told = [event.data.decode(errors="replace") for event in listener.of("text")]
+        plan = next(text for text in told if "time: told after 2 steps" in text)
+        assert "memory: about" in plan
+        assert "The queue is busy until this run ends" in plan
+        assert "step 1 of" not in "".join(told[: told.index(plan) + 1])  # it came before the steps
+        assert any("steps left, about" in text for text in told)
         assert listener.of("preview")
         listener.close()
         server.free()
+        steps = len(reached) + 1
+        entry = server.run(training(steps))
+        assert logged_steps(tmp_path) == list(range(1, steps + 1))
+        assert goes_on_from(entry) == len(reached)
+        server.free()
         base = server.picture(server.run(text_to_image()))
     with serve(tmp_path) as server:
-        steps = len(reached) + 2
+        steps += 1
         entry = server.run(training(steps))
         assert logged_steps(tmp_path) == list(range(1, steps + 1))
         report = reports(entry)["train"]
         assert report["steps"] == steps
-        assert any("goes on from step" in note for note in report["notes"])
+        assert goes_on_from(entry) == steps - 1
         assert entry["outputs"]["train"]["images"]
-        (saved,) = (tmp_path / "output" / "loras").glob("shapes*.safetensors")
+        _, saved = sorted((tmp_path / "output" / "loras").glob("shapes*.safetensors"))
         drawn = server.run(with_lora(saved.name))
         assert reports(drawn)["lora"]["unmatched"] == 0
         assert server.picture(drawn) != base
-        again = server.run(training(steps))  # nothing to do
-        assert reports(again) == {} or reports(again)["train"]["steps"] == steps
+        server.free()  # else ComfyUI does not even ask the node
+        notes = reports(server.run(training(steps)))["train"]["notes"]
+        assert "is finished; nothing was computed" in notes[-1]
+        assert logged_steps(tmp_path) == list(range(1, steps + 1))

@@ -205,6 +205,7 @@ def test_it_ends_when_the_winner_s_error_keeps_rising(config, gaps, ends):
     if ends:
         assert "stopped at step 30" in sentence
         assert "dpo_sft_weight = 0.5" in sentence  # a tenth of beta / 4
+        assert "No measured state is better than the untrained network" in sentence
     task.config = replace(config, dpo_patience=0)
     assert task.verdict([line(i, 1.0 + i) for i in range(9)]) == ""
 
@@ -227,6 +228,33 @@ def test_a_run_that_spoils_its_winners_ends_with_a_sentence_and_stays_ended(conf
     assert outcome.product.exists()
     again = train(config)
     assert (again.step, again.stopped) == (outcome.step, outcome.stopped)
+
+
+@pytest.mark.parametrize(
+    ("gaps", "best"),
+    [
+        ([0.0, -0.1, -0.2, 0.1, 0.2, 0.3], 4),  # the lowest loss among the kept, not of all
+        ([0.0, 0.1, -0.1, 0.1, 0.2, 0.3], 4),  # one that came back
+        ([0.0, 0.1, 0.2, 0.3], None),
+    ],
+)
+def test_the_best_state_is_never_one_that_spoils_its_winners(config, monkeypatch, gaps, best):
+    """In over-optimisation the loss falls on; by it the last state would be the best."""
+    losses = iter([0.69 - 0.1 * i for i in range(len(gaps))])
+    measured = iter(gaps)
+    monkeypatch.setattr(
+        DPOTask, "validate", lambda task: {"loss": next(losses), "winner_gap": next(measured)}
+    )
+    outcome = train(replace(config, steps=20, validate_every=2))
+    assert outcome.step == 2 * (len(gaps) - 1)
+    if best is None:
+        assert outcome.best is None
+        assert "No measured state is better than the untrained network" in outcome.stopped
+    else:
+        assert outcome.best is not None
+        metadata = read_header(outcome.best).metadata
+        assert metadata["ss_steps"] == str(best)
+        assert f"that of step {best}, the best" in outcome.stopped
 
 
 def test_the_conventions_are_told_in_the_file(config):

@@ -351,11 +351,11 @@ def test_an_optimiser_whose_package_is_absent_is_one_sentence(monkeypatch, name,
         make_optimizer(ToyTask().parameters, replace(TOY, optimizer=name))
 
 
-def test_the_remaining_time_is_told_after_three_steps(tmp_path):
+def test_the_remaining_time_is_told_after_two_steps(tmp_path):
     notes, progress = [], []
     train_toy(tmp_path, on_note=notes.append, on_step=progress.append)
-    assert [step.seconds_left is None for step in progress[:4]] == [True, True, False, False]
-    assert notes == ["7 steps left, about 0 s"]
+    assert [step.seconds_left is None for step in progress[:3]] == [True, False, False]
+    assert notes == ["8 steps left, about 0 s"]
 
 
 def test_times_are_spoken():

@@ -12,6 +12,7 @@ from sd3_pack.sd3_core.checkpoints.header import read_header
 from sd3_pack.sd3_core.checkpoints.load import load_mmdit
 from sd3_pack.sd3_core.checkpoints.lora_files import read_lora
 from sd3_pack.sd3_core.errors import CheckpointError
+from sd3_pack.sd3_core.training.flow import FlowTask
 from sd3_pack.sd3_core.training.folders import Source
 from sd3_pack.sd3_core.training.run import RunRefused
 from sd3_pack.sd3_core.training.trainer import Base, train
@@ -231,6 +232,61 @@ def test_a_run_stopped_and_started_again_equals_the_unbroken_one_bit_for_bit(con
     train(config)
     assert losses(config) == losses(whole)
     assert run_files(config) == run_files(whole)
+
+
+@pytest.mark.parametrize("where", ["loss", "validate", "sample"])
+def test_an_interruption_within_a_step_or_what_follows_it_loses_nothing(config, where, monkeypatch):
+    config = replace(
+        config,
+        steps=6,
+        ema=0.9,
+        validate_every=3,
+        sample_every=3,
+        sample_prompts=("a red circle",),
+        sample_steps=3,
+    )
+    whole = replace(config, run_name=f"unbroken by {where}")
+    train(whole)
+    done, inside, asked = [], [], []
+    original = getattr(FlowTask, where)
+
+    def watched(task, *given):
+        inside.append(where)
+        try:
+            return original(task, *given)
+        finally:
+            inside.clear()
+
+    def poll():
+        if inside and done and done[-1] == 3:
+            asked.append(where)
+            if where == "loss" or len(asked) == 2:
+                raise Stop
+
+    monkeypatch.setattr(FlowTask, where, watched)
+    with pytest.raises(Stop):
+        train(config, on_step=lambda progress: done.append(progress.step), poll=poll)
+    monkeypatch.setattr(FlowTask, where, original)
+    assert done == [1, 2, 3]
+    train(config)
+    assert losses(config) == losses(whole)
+    assert run_files(config) == run_files(whole)
+
+
+def test_an_interruption_while_pictures_are_looked_at_comes_at_the_next_one(config, monkeypatch):
+    from sd3_pack.sd3_core.training import trainer
+
+    asked = []
+
+    def poll():
+        asked.append(1)
+        if len(asked) == 2:
+            raise Stop
+
+    monkeypatch.setattr(trainer, "opened", None)  # it comes before the run is opened
+    with pytest.raises(Stop):
+        train(config, poll=poll)
+    assert len(asked) == 2
 
 
 def test_gradient_checkpointing_changes_no_bit(config):
