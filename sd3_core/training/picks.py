@@ -27,7 +27,9 @@ FEWEST, MOST = 2, 4  # pictures of a group
 LARGEST = 2**26  # bytes of either file; beyond, nothing is appended
 Z95 = 1.959964  # of the normal distribution: 95 % lie within
 
-_WRITING = threading.Lock()  # votes come from the server's thread, candidates from the queue's
+# Votes come from the server's threads, candidates from the queue's: what is appended must still fit
+# what was read.
+_WRITING = threading.RLock()
 
 
 class PickRefused(ValueError):
@@ -115,13 +117,14 @@ class Picks:
             model,
             self._now(),
         )
-        known = self.groups().get(group.id)
         for name, data in zip(names, pictures, strict=True):
             path = self.folder / PICTURES / name
             if not path.exists():
                 save_bytes(path, data)
-        if known is None:
-            self._append(CANDIDATES, [asdict(group)])
+        with _WRITING:
+            known = self.groups().get(group.id)
+            if known is None:
+                self._append(CANDIDATES, [asdict(group)])
         return known or group
 
     def vote(self, name: str, best: str = "", worst: str = "", verdict: str = "") -> None:
@@ -130,21 +133,27 @@ class Picks:
         best, worst: pictures of it; the worst may be left out.  verdict: "tie" or "skip" instead.
         Best goes before all others, all others go before the worst.  Raises PickRefused.
         """
-        group = self.groups().get(name)
-        if group is None or name in self.votes():
-            what = "there is no such group" if group is None else "it is decided already"
-            raise PickRefused(f"group {name!r}: {what}.")
-        lines = self._decided(group, best, worst, verdict)
-        known = {"group": name, "prompt": group.prompt, "seed": group.seed, "model": group.model}
-        # An undone vote's ids must not come back: the undo line would take them too.
-        turn = sum(line.get("group") == name for line in _lines(self.folder / PREFERENCES))
-        self._append(
-            PREFERENCES,
-            [
-                {"id": f"{name}:{turn + number}", **known, **line, "time": self._now()}
-                for number, line in enumerate(lines)
-            ],
-        )
+        with _WRITING:
+            group = self.groups().get(name)
+            if group is None or name in self.votes():
+                what = "there is no such group" if group is None else "it is decided already"
+                raise PickRefused(f"group {name!r}: {what}.")
+            lines = self._decided(group, best, worst, verdict)
+            known = {
+                "group": name,
+                "prompt": group.prompt,
+                "seed": group.seed,
+                "model": group.model,
+            }
+            # An undone vote's ids must not come back: the undo line would take them too.
+            turn = sum(line.get("group") == name for line in _lines(self.folder / PREFERENCES))
+            self._append(
+                PREFERENCES,
+                [
+                    {"id": f"{name}:{turn + number}", **known, **line, "time": self._now()}
+                    for number, line in enumerate(lines)
+                ],
+            )
 
     def _decided(self, group: Group, best: str, worst: str, verdict: str) -> list[dict[str, Any]]:
         if verdict in ("tie", "skip"):
@@ -174,12 +183,13 @@ class Picks:
 
     def undo(self) -> str:
         """Take back the newest vote that stands; returns its group.  Raises PickRefused."""
-        standing = self.votes()
-        if not standing:
-            raise PickRefused("there is no vote to take back.")
-        name, lines = list(standing.items())[-1]
-        now = self._now()
-        self._append(PREFERENCES, [{"undo": line["id"], "time": now} for line in lines])
+        with _WRITING:
+            standing = self.votes()
+            if not standing:
+                raise PickRefused("there is no vote to take back.")
+            name, lines = list(standing.items())[-1]
+            now = self._now()
+            self._append(PREFERENCES, [{"undo": line["id"], "time": now} for line in lines])
         return name
 
     def comparison(self) -> Comparison | None:

@@ -2,6 +2,9 @@
 
 import json
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from io import BytesIO
 
 import pytest
@@ -146,6 +149,34 @@ def test_the_votes_needed_are_the_fewest_whose_interval_excludes_one_half(wins):
 def test_equal_arms_need_no_number_of_votes():
     assert compare(("a", "b"), (3, 3), 2).needed is None
     assert compare(("a", "b"), (0, 0), 0) is None
+
+
+def test_votes_on_one_group_at_the_same_time_are_one_vote(picks, monkeypatch):
+    group = picks.add("x", [RED, BLUE])
+    together = threading.Barrier(8)
+    read = Picks.votes
+
+    def read_together(self):
+        """What lets all in at once if reading is not locked; else nobody meets and it goes on."""
+        found = read(self)
+        with suppress(threading.BrokenBarrierError):
+            together.wait(0.2)
+        return found
+
+    monkeypatch.setattr(Picks, "votes", read_together)
+
+    def vote(number):
+        try:
+            Picks(picks.folder).vote(group.id, best=group.pictures[number % 2])
+        except PickRefused as error:
+            return str(error)
+        return "taken"
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(vote, range(8)))
+    assert answers.count("taken") == 1
+    assert sum("decided already" in answer for answer in answers) == 7
+    assert len(pairs(picks)) == 1
 
 
 def test_a_vote_that_cannot_be_is_refused_and_writes_nothing(picks):
