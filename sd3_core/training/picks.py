@@ -209,19 +209,23 @@ class Picks:
         return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(self.clock()))
 
     def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        """All lines in one write at the file's end, so that no reader meets a part of them."""
+        """All lines in one write at the file's end, so that no reader meets a part of them.
+
+        A line that a crash tore ends here: it must not take the next one with it.
+        """
         path = self.folder / name
         data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _WRITING:
-            if path.exists() and path.stat().st_size > LARGEST:
+        with _WRITING, path.open("ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > LARGEST:
                 raise PickRefused(f"{name} is full ({LARGEST:,} bytes): begin another folder.")
-            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(file, data)
-                os.fsync(file)
-            finally:
-                os.close(file)
+            if size:
+                file.seek(-1, os.SEEK_END)
+                data = data if file.read(1) == b"\n" else b"\n" + data
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
 
 
 def compare(arms: tuple[str, str], wins: tuple[int, int], ties: int) -> Comparison | None:
@@ -247,15 +251,15 @@ def compare(arms: tuple[str, str], wins: tuple[int, int], ties: int) -> Comparis
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a torn last line is left out."""
+    """The objects of a .jsonl file; torn lines are left out."""
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        texts = path.read_bytes().split(b"\n")  # a prompt may hold what else parts lines
     except FileNotFoundError:
         return []
     found = []
     for text in texts:
         try:
-            line = json.loads(text)
+            line = json.loads(text.decode())
         except ValueError:
             continue
         if isinstance(line, dict):

@@ -5,7 +5,8 @@ import math
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from io import BytesIO
+from io import BytesIO, FileIO
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -215,6 +216,49 @@ def test_a_torn_line_is_left_out(picks):
     with (picks.folder / "candidates.jsonl").open("a") as file:
         file.write('{"id": "half')
     assert len(picks.groups()) == 1
+
+
+@pytest.mark.parametrize("torn", [b'{"id": "ha', '{"prompt": "Grü'.encode()[:-1], b"{"])
+def test_a_vote_after_a_torn_one_is_kept(picks, torn):
+    first, second = picks.add("x", [RED, BLUE]), picks.add("y", [RED, GREEN])
+    picks.vote(first.id, best=first.pictures[0])
+    for name in ("preferences.jsonl", "candidates.jsonl"):
+        with (picks.folder / name).open("ab") as file:
+            file.write(torn)
+    picks.vote(second.id, best=second.pictures[1])
+    third = picks.add("z", [RED, WHITE])
+    assert picks.votes().keys() == {first.id, second.id}
+    assert picks.open_groups() == [third]
+    assert pairs(picks) == [first.pictures, second.pictures[::-1]]
+
+
+def test_a_write_in_pieces_is_a_whole_line(picks, monkeypatch):
+    group = picks.add("x", [RED, BLUE])
+    opened = Path.open
+
+    class Slow(FileIO):
+        def write(self, data):
+            return super().write(data[:10])
+
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda self, mode="r", *rest, **named: (
+            Slow(self, mode) if mode == "ab+" else opened(self, mode, *rest, **named)
+        ),
+    )
+    picks.vote(group.id, best=group.pictures[0])
+    assert pairs(picks) == [group.pictures]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r"])
+def test_a_prompt_may_hold_what_parts_lines_elsewhere(picks, mark):
+    prompt = f"a{mark}circle"
+    group = picks.add(prompt, [RED, BLUE])
+    assert [one.prompt for one in picks.open_groups()] == [prompt]
+    picks.vote(group.id, best=group.pictures[0])
+    assert picks.open_groups() == []
+    assert pairs(picks) == [group.pictures]
 
 
 def test_a_full_file_is_not_appended_to(picks, monkeypatch):
