@@ -9,6 +9,7 @@ import { app } from "/scripts/app.js";
 const NODE = "SD3Pick";
 const MIN_HEIGHT = 260;
 const MIN_WIDTH = 420;
+const CONFLICT = 409; // a vote that is refused
 
 app.registerExtension({
   name: "SD3Workbench.Pick",
@@ -67,6 +68,7 @@ function makeView(pickName) {
   let group = null;
   let best = "";
   let asked = 0; // an answer that came late must not replace a newer one
+  let voting = false; // until the answer the group on screen may be decided already
 
   async function talk(vote) {
     const name = pickName();
@@ -86,8 +88,22 @@ function makeView(pickName) {
       return;
     }
     if (turn !== asked) return;
-    if (answer.ok) show(told);
-    else said.textContent = told.error;
+    if (answer.ok) {
+      show(told);
+      return;
+    }
+    if (vote && answer.status === CONFLICT) await talk(); // decided elsewhere, in another window
+    said.textContent = told.error;
+  }
+
+  async function send(vote) {
+    if (voting) return;
+    voting = true;
+    try {
+      await talk(vote);
+    } finally {
+      voting = false;
+    }
   }
 
   function clear(text) {
@@ -121,14 +137,17 @@ function makeView(pickName) {
     shown.src = api.apiURL(`/view?${query}`);
     shown.draggable = false;
     shown.title = "Click the best one.";
-    shown.addEventListener("click", () => click(shown, name));
+    shown.addEventListener("click", ({ detail }) => {
+      if (detail < 2) click(shown, name); // the second of a double click judges nothing
+    });
     return shown;
   }
 
   // Of two pictures one click decides; of more the second click names the worst.
   function click(shown, name) {
+    if (voting) return;
     if (group.pictures.length === 2) {
-      talk({ group: group.id, best: name });
+      send({ group: group.id, best: name });
     } else if (!best) {
       best = name;
       shown.classList.add("sd3-best");
@@ -137,14 +156,16 @@ function makeView(pickName) {
     } else if (best === name) {
       talk(); // taken back
     } else {
-      talk({ group: group.id, best, worst: name });
+      send({ group: group.id, best, worst: name });
     }
   }
 
   function button(text, vote) {
     const made = element("button", "sd3-button", text);
     made.type = "button";
-    made.addEventListener("click", () => talk(vote));
+    made.addEventListener("click", ({ detail }) => {
+      if (detail < 2) send(vote);
+    });
     return made;
   }
 
