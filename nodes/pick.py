@@ -131,7 +131,7 @@ def png(pixels: Tensor) -> bytes:
 
 
 def grouped(pictures: Sequence[bytes]) -> list[Sequence[bytes]]:
-    """Candidates of one prompt in groups of 2 to 4, as even as can be."""
+    """Different candidates of one prompt in groups of 2 to 4, as even as can be."""
     count = -(-len(pictures) // MOST)
     size, larger = divmod(len(pictures), count)
     groups, start = [], 0
@@ -161,6 +161,12 @@ def add_candidates(
                 "one picture is no choice: draw a batch of 2 to 4 for the prompt, or connect "
                 "images_b to compare two settings.",
             )
+        own = list(dict.fromkeys(own))
+        if len(own) < 2:
+            raise NodeError(
+                "bad_setting",
+                f"the {len(images)} pictures are all equal: draw them with different seeds.",
+            )
         return [picks.add(prompt, group, **about) for group in grouped(own)]
     if len(own) != len(rivals):
         raise NodeError(
@@ -173,7 +179,7 @@ def add_candidates(
             "bad_setting", f"label_a and label_b are both {arms[0]!r}; name them apart."
         )
     pairs = zip(own, map(png, rivals), strict=True)
-    return [picks.add(prompt, pair, arms=arms, **about) for pair in pairs if pair[0] != pair[1]]
+    return [picks.add(prompt, pair, arms=arms, **about) for pair in pairs]
 
 
 class SD3Pick(io.ComfyNode):

@@ -48,6 +48,11 @@ class Group:
     model: str = ""
     time: str = ""
 
+    @property
+    def is_equal(self) -> bool:
+        """There is nothing to vote on: two arms drew the same."""
+        return len(set(self.pictures)) == 1
+
     def shown(self) -> list[str]:
         """The pictures in the order in which they are shown: by chance, but always the same."""
         return [self.pictures[place] for place in shuffled(len(self.pictures), self.id)]
@@ -90,7 +95,11 @@ class Picks:
 
     def open_groups(self) -> list[Group]:
         done = self.votes()
-        return [group for name, group in self.groups().items() if name not in done]
+        return [
+            group
+            for name, group in self.groups().items()
+            if name not in done and not group.is_equal
+        ]
 
     # What comes in
 
@@ -103,9 +112,17 @@ class Picks:
         seed: int | None = None,
         model: str = "",
     ) -> Group:
-        """Put candidates (PNG files' bytes) into the backlog; the same ones are not put twice."""
+        """Put candidates (PNG files' bytes) into the backlog; the same ones are not put twice.
+
+        Equal candidates are one, as nobody can prefer either; those of two arms are a tie.  Raises
+        PickRefused.
+        """
         if not FEWEST <= len(pictures) <= MOST:
             raise PickRefused(f"{len(pictures)} pictures; a group has {FEWEST} to {MOST}.")
+        if not arms:
+            pictures = list(dict.fromkeys(pictures))
+        if len(pictures) < FEWEST:
+            raise PickRefused("the pictures are all equal: draw them with different seeds.")
         names = [hashlib.sha256(data).hexdigest()[:16] + ".png" for data in pictures]
         content = repr((prompt, names, list(arms)))
         group = Group(
@@ -135,7 +152,7 @@ class Picks:
         """
         with _WRITING:
             group = self.groups().get(name)
-            if group is None or name in self.votes():
+            if group is None or group.is_equal or name in self.votes():
                 what = "there is no such group" if group is None else "it is decided already"
                 raise PickRefused(f"group {name!r}: {what}.")
             lines = self._decided(group, best, worst, verdict)
@@ -193,16 +210,20 @@ class Picks:
         return name
 
     def comparison(self) -> Comparison | None:
-        """What the votes say of the arms, the leading one first; None without any."""
+        """What the votes say of the arms, the leading one first; None without any.
+
+        Equal pictures of both arms are ties that nobody has to vote for.
+        """
         arms: list[str] = []
-        for group in self.groups().values():
+        groups = self.groups().values()
+        for group in groups:
             arms += [arm for arm in group.arms if arm not in arms]
         lines = [line for vote in self.votes().values() for line in vote if line.get("arms")]
-        if len(arms) != 2 or not lines:
+        if len(arms) != 2:
             return None
         won = [line["arms"][0] for line in lines if "chosen" in line]
         arms.sort(key=lambda arm: -won.count(arm))
-        ties = sum("tie" in line for line in lines)
+        ties = sum("tie" in line for line in lines) + sum(group.is_equal for group in groups)
         return compare((arms[0], arms[1]), (won.count(arms[0]), won.count(arms[1])), ties)
 
     def _now(self) -> str:

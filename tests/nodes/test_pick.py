@@ -81,6 +81,19 @@ def test_a_batch_is_cut_into_groups_of_two_to_four(output, count, sizes):
     assert [len(group.pictures) for group in groups] == sizes
 
 
+def test_equal_pictures_of_a_batch_come_once(output):
+    SD3Pick.execute(images(3)[[0, 1, 0, 2, 1, 0]], "mine", "x")
+    (group,) = Picks(output / "sd3_picks" / "mine").open_groups()
+    assert len(group.pictures) == 3
+
+
+def test_equal_pictures_of_two_settings_are_ties(output):
+    batch = images(3)
+    result = SD3Pick.execute(batch, "mine", "x", torch.cat([batch[:2], images(1, 1)]), "a", "b")
+    assert (told(result)["added"], told(result)["open"]) == (3, 1)
+    assert Picks(output / "sd3_picks" / "mine").comparison().ties == 2
+
+
 def test_two_settings_are_compared_blindly(output):
     SD3Pick.execute(images(3), "mine", "x", images(3, seed=1), "cfg 3", "cfg 7")
     picks = Picks(output / "sd3_picks" / "mine")
@@ -100,6 +113,7 @@ def test_two_settings_are_compared_blindly(output):
     ("arguments", "message"),
     [
         ((images(1), "mine", "x"), "one picture is no choice"),
+        ((images(1).repeat(4, 1, 1, 1), "mine", "x"), "the 4 pictures are all equal"),
         ((images(2), "mine", "x", images(3)), "images has 2 pictures and images_b 3"),
         ((images(2), "mine", "x", images(2, 1), "A", "A"), "name them apart"),
         ((images(2), "../mine", "x"), "pick_name is '../mine'"),

@@ -204,6 +204,28 @@ def test_a_vote_that_cannot_be_is_refused_and_writes_nothing(picks):
     assert len(pairs(picks)) == 1
 
 
+def test_equal_candidates_are_one(picks):
+    group = picks.add("x", [RED, BLUE, RED, BLUE])
+    assert group.pictures == picks.add("x", [RED, BLUE]).pictures
+    picks.vote(group.id, best=group.pictures[1])
+    assert pairs(picks) == [group.pictures[::-1]]
+    with pytest.raises(PickRefused, match="all equal"):
+        picks.add("y", [RED, RED, RED])
+    assert len(picks.groups()) == 1
+
+
+def test_equal_pictures_of_two_arms_are_a_tie_without_a_vote(picks):
+    group = picks.add("x", [RED, BLUE], arms=("a", "b"))
+    equal = picks.add("y", [RED, RED], arms=("a", "b"))
+    assert picks.open_groups() == [group]
+    picks.vote(group.id, best=group.pictures[1])
+    result = picks.comparison()
+    assert (result.arms, result.wins, result.ties) == (("b", "a"), (1, 0), 1)
+    with pytest.raises(PickRefused, match="decided already"):
+        picks.vote(equal.id, best=equal.pictures[0])
+    assert picks.undo() == group.id
+
+
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_a_group_has_two_to_four_pictures(picks, count):
     with pytest.raises(PickRefused, match="2 to 4"):
