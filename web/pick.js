@@ -70,7 +70,7 @@ function makeView(pickName) {
   let asked = 0; // an answer that came late must not replace a newer one
   let voting = false; // until the answer the group on screen may be decided already
 
-  async function talk(vote) {
+  async function talk(vote, reveal = false) {
     const name = pickName();
     const turn = ++asked;
     const options = vote && {
@@ -78,10 +78,11 @@ function makeView(pickName) {
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(vote),
     };
+    const address = `/sd3_workbench/picks/${encodeURIComponent(name)}${reveal ? "?reveal=1" : ""}`;
     let answer;
     let told;
     try {
-      answer = await api.fetchApi(`/sd3_workbench/picks/${encodeURIComponent(name)}`, options);
+      answer = await api.fetchApi(address, options);
       told = await answer.json();
     } catch (error) {
       said.textContent = `The server does not answer (${error.message}).`;
@@ -96,11 +97,11 @@ function makeView(pickName) {
     said.textContent = told.error;
   }
 
-  async function send(vote) {
+  async function send(...what) {
     if (voting) return;
     voting = true;
     try {
-      await talk(vote);
+      await talk(...what);
     } finally {
       voting = false;
     }
@@ -128,7 +129,8 @@ function makeView(pickName) {
       buttons.append(button("skip", { group: group.id, verdict: "skip" }));
     }
     if (state.decided) buttons.append(button("undo", { undo: true }));
-    said.textContent = state.comparison ? sentence(state.comparison) : "";
+    if (state.hidden) buttons.append(button("reveal", undefined, true));
+    said.textContent = state.comparison ? sentence(state.comparison, state.open) : state.problem;
   }
 
   function picture(name, subfolder) {
@@ -160,11 +162,11 @@ function makeView(pickName) {
     }
   }
 
-  function button(text, vote) {
+  function button(text, ...what) {
     const made = element("button", "sd3-button", text);
     made.type = "button";
     made.addEventListener("click", ({ detail }) => {
-      if (detail < 2) send(vote);
+      if (detail < 2) send(...what);
     });
     return made;
   }
@@ -172,11 +174,16 @@ function makeView(pickName) {
   return { element: whole, refresh: () => talk() };
 }
 
-function sentence({ arms, wins, ties, rate, low, high, needed }) {
+// waiting: pictures that were still to pick when it was revealed.
+function sentence({ arms, wins, ties, rate, low, high, needed }, waiting) {
   const percent = (part) => `${Math.round(100 * part)} %`;
   const more = needed === null ? "" : needed ? `; about ${needed} more votes decide` : "; decided";
+  const early = waiting
+    ? `. Seen with ${waiting} to pick: if that ends the picking, the interval is too narrow`
+    : "";
   return (
     `${arms[0]} wins ${percent(rate)} against ${arms[1]} ` +
-    `(95 %: ${percent(low)} to ${percent(high)}; ${wins[0]} : ${wins[1]}, ${ties} ties)${more}`
+    `(95 %: ${percent(low)} to ${percent(high)}; ${wins[0]} : ${wins[1]}, ${ties} ties)` +
+    more + early
   );
 }

@@ -101,6 +101,11 @@ class Picks:
             if name not in done and not group.is_equal
         ]
 
+    def arms(self) -> list[str]:
+        """The settings that the groups compare, in order; two, or there is no comparison."""
+        groups = self.groups().values()
+        return list(dict.fromkeys(arm for group in groups for arm in group.arms))
+
     # What comes in
 
     def add(
@@ -214,10 +219,7 @@ class Picks:
 
         Equal pictures of both arms are ties that nobody has to vote for.
         """
-        arms: list[str] = []
-        groups = self.groups().values()
-        for group in groups:
-            arms += [arm for arm in group.arms if arm not in arms]
+        arms, groups = self.arms(), self.groups().values()
         lines = [line for vote in self.votes().values() for line in vote if line.get("arms")]
         if len(arms) != 2:
             return None

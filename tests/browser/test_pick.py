@@ -75,7 +75,10 @@ def test_clicks_are_recorded(editor, picks, screenshot):
     assert "old" not in seen["text"]  # which is which stays hidden
     click(seen["pictures"][0])
     seen = shows("four pictures")
-    assert "wins 100 %" in seen["text"]
+    assert "wins" not in seen["text"]  # nor how it stands, while pictures wait
+    press("reveal")
+    seen = shows("wins 100 %")
+    assert "Seen with 1 to pick" in seen["text"]
     assert len(seen["pictures"]) == 4
     screenshot("-four")
     click(seen["pictures"][0])

@@ -70,6 +70,7 @@ def test_pictures_pass_through_and_wait_in_the_backlog():
         "open": 1,
         "decided": 0,
         "comparison": None,
+        "problem": "",
     }
     assert told(SD3Pick.execute(batch, "mine", "a circle", seed=5))["open"] == 1
 
@@ -85,6 +86,31 @@ def test_equal_pictures_of_a_batch_come_once(output):
     SD3Pick.execute(images(3)[[0, 1, 0, 2, 1, 0]], "mine", "x")
     (group,) = Picks(output / "sd3_picks" / "mine").open_groups()
     assert len(group.pictures) == 3
+
+
+def test_a_comparison_is_told_at_its_end_or_when_asked_for():
+    SD3Pick.execute(images(2), "mine", "x", images(2, seed=1), "cfg 3", "cfg 7")
+    group = ask()[1]["group"]
+    status, seen = send({"group": group["id"], "best": group["pictures"][0]})
+    assert (status, seen["decided"], seen["open"]) == (200, 1, 1)
+    assert seen["hidden"]
+    assert "cfg" not in json.dumps(seen)
+    assert "wins" not in json.dumps(seen)
+    ((_, revealed),) = talk(("GET", "/sd3_workbench/picks/mine?reveal=1", {}))
+    assert sum(revealed["comparison"]["wins"]) == 1
+    assert not revealed["hidden"]
+    assert ask()[1]["comparison"] is None  # asked for anew each time
+    _, seen = send({"group": seen["group"]["id"], "verdict": "tie"})
+    assert seen["comparison"]["ties"] == 1
+    assert not seen["hidden"]
+
+
+def test_more_labels_than_two_are_said():
+    SD3Pick.execute(images(1), "mine", "x", images(1, seed=1), "a", "b")
+    assert ask()[1]["problem"] == ""
+    result = SD3Pick.execute(images(1), "mine", "x", images(1, seed=2), "a", "c")
+    assert "holds 3 labels (a, b, c)" in told(result)["problem"]
+    assert "holds 3 labels" in ask()[1]["problem"]
 
 
 def test_equal_pictures_of_two_settings_are_ties(output):
