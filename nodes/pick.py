@@ -38,10 +38,12 @@ def pick_folder(name: str) -> Path:
 # Addresses
 
 
-def state(picks: Picks) -> dict[str, Any]:
-    """What the node shows: the next group, how many wait, what a blind comparison says so far.
+def state(picks: Picks, reveal: bool = False) -> dict[str, Any]:
+    """What the node shows: the next group, how many wait, what a blind comparison says.
 
     Pictures come in a shuffled order and without their arms; ComfyUI's /view serves them.
+    reveal: tell the comparison while pictures wait.  Else it stays hidden until then: a tally seen
+    after each vote sways the next ones, and stopping at a lucky one voids the interval.
     """
     waiting = picks.open_groups()
     comparison = picks.comparison()
@@ -49,13 +51,25 @@ def state(picks: Picks) -> dict[str, Any]:
     if waiting:
         group = waiting[0]
         following = {"id": group.id, "prompt": group.prompt, "pictures": group.shown()}
+    hidden = comparison is not None and bool(waiting) and not reveal
     return {
         "group": following,
         "open": len(waiting),
         "decided": len(picks.votes()),
-        "comparison": None if comparison is None else asdict(comparison),
+        "comparison": None if comparison is None or hidden else asdict(comparison),
+        "hidden": hidden,
+        "problem": too_many(picks.arms()),
         "subfolder": f"{HOME}/{picks.folder.name}/{PICTURES}",
     }
+
+
+def too_many(arms: Sequence[str]) -> str:
+    if len(arms) <= 2:
+        return ""
+    return (
+        f"This folder holds {len(arms)} labels ({', '.join(arms)}), and a comparison has two: "
+        "take another pick_name for each comparison."
+    )
 
 
 def read_vote(body: bytes) -> dict[str, Any]:
@@ -95,7 +109,7 @@ async def answered(request: web.Request, work: Callable[[Picks], dict[str, Any]]
 
 
 async def show(request: web.Request) -> web.Response:
-    return await answered(request, state)
+    return await answered(request, lambda picks: state(picks, reveal="reveal" in request.query))
 
 
 async def vote(request: web.Request) -> web.Response:
@@ -131,7 +145,7 @@ def png(pixels: Tensor) -> bytes:
 
 
 def grouped(pictures: Sequence[bytes]) -> list[Sequence[bytes]]:
-    """Candidates of one prompt in groups of 2 to 4, as even as can be."""
+    """Different candidates of one prompt in groups of 2 to 4, as even as can be."""
     count = -(-len(pictures) // MOST)
     size, larger = divmod(len(pictures), count)
     groups, start = [], 0
@@ -161,6 +175,12 @@ def add_candidates(
                 "one picture is no choice: draw a batch of 2 to 4 for the prompt, or connect "
                 "images_b to compare two settings.",
             )
+        own = list(dict.fromkeys(own))
+        if len(own) < 2:
+            raise NodeError(
+                "bad_setting",
+                f"the {len(images)} pictures are all equal: draw them with different seeds.",
+            )
         return [picks.add(prompt, group, **about) for group in grouped(own)]
     if len(own) != len(rivals):
         raise NodeError(
@@ -173,7 +193,7 @@ def add_candidates(
             "bad_setting", f"label_a and label_b are both {arms[0]!r}; name them apart."
         )
     pairs = zip(own, map(png, rivals), strict=True)
-    return [picks.add(prompt, pair, arms=arms, **about) for pair in pairs if pair[0] != pair[1]]
+    return [picks.add(prompt, pair, arms=arms, **about) for pair in pairs]
 
 
 class SD3Pick(io.ComfyNode):
@@ -277,5 +297,6 @@ class SD3Pick(io.ComfyNode):
             "open": shown["open"],
             "decided": shown["decided"],
             "comparison": shown["comparison"],
+            "problem": shown["problem"],
         }
         return io.NodeOutput(images, ui=report(contents))

@@ -9,6 +9,7 @@ import { app } from "/scripts/app.js";
 const NODE = "SD3Pick";
 const MIN_HEIGHT = 260;
 const MIN_WIDTH = 420;
+const CONFLICT = 409; // a vote that is refused
 
 app.registerExtension({
   name: "SD3Workbench.Pick",
@@ -67,8 +68,9 @@ function makeView(pickName) {
   let group = null;
   let best = "";
   let asked = 0; // an answer that came late must not replace a newer one
+  let voting = false; // until the answer the group on screen may be decided already
 
-  async function talk(vote) {
+  async function talk(vote, reveal = false) {
     const name = pickName();
     const turn = ++asked;
     const options = vote && {
@@ -76,18 +78,33 @@ function makeView(pickName) {
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(vote),
     };
+    const address = `/sd3_workbench/picks/${encodeURIComponent(name)}${reveal ? "?reveal=1" : ""}`;
     let answer;
     let told;
     try {
-      answer = await api.fetchApi(`/sd3_workbench/picks/${encodeURIComponent(name)}`, options);
+      answer = await api.fetchApi(address, options);
       told = await answer.json();
     } catch (error) {
       said.textContent = `The server does not answer (${error.message}).`;
       return;
     }
     if (turn !== asked) return;
-    if (answer.ok) show(told);
-    else said.textContent = told.error;
+    if (answer.ok) {
+      show(told);
+      return;
+    }
+    if (vote && answer.status === CONFLICT) await talk(); // decided elsewhere, in another window
+    said.textContent = told.error;
+  }
+
+  async function send(...what) {
+    if (voting) return;
+    voting = true;
+    try {
+      await talk(...what);
+    } finally {
+      voting = false;
+    }
   }
 
   function clear(text) {
@@ -112,7 +129,8 @@ function makeView(pickName) {
       buttons.append(button("skip", { group: group.id, verdict: "skip" }));
     }
     if (state.decided) buttons.append(button("undo", { undo: true }));
-    said.textContent = state.comparison ? sentence(state.comparison) : "";
+    if (state.hidden) buttons.append(button("reveal", undefined, true));
+    said.textContent = state.comparison ? sentence(state.comparison, state.open) : state.problem;
   }
 
   function picture(name, subfolder) {
@@ -121,14 +139,17 @@ function makeView(pickName) {
     shown.src = api.apiURL(`/view?${query}`);
     shown.draggable = false;
     shown.title = "Click the best one.";
-    shown.addEventListener("click", () => click(shown, name));
+    shown.addEventListener("click", ({ detail }) => {
+      if (detail < 2) click(shown, name); // the second of a double click judges nothing
+    });
     return shown;
   }
 
   // Of two pictures one click decides; of more the second click names the worst.
   function click(shown, name) {
+    if (voting) return;
     if (group.pictures.length === 2) {
-      talk({ group: group.id, best: name });
+      send({ group: group.id, best: name });
     } else if (!best) {
       best = name;
       shown.classList.add("sd3-best");
@@ -137,25 +158,32 @@ function makeView(pickName) {
     } else if (best === name) {
       talk(); // taken back
     } else {
-      talk({ group: group.id, best, worst: name });
+      send({ group: group.id, best, worst: name });
     }
   }
 
-  function button(text, vote) {
+  function button(text, ...what) {
     const made = element("button", "sd3-button", text);
     made.type = "button";
-    made.addEventListener("click", () => talk(vote));
+    made.addEventListener("click", ({ detail }) => {
+      if (detail < 2) send(...what);
+    });
     return made;
   }
 
   return { element: whole, refresh: () => talk() };
 }
 
-function sentence({ arms, wins, ties, rate, low, high, needed }) {
+// waiting: pictures that were still to pick when it was revealed.
+function sentence({ arms, wins, ties, rate, low, high, needed }, waiting) {
   const percent = (part) => `${Math.round(100 * part)} %`;
   const more = needed === null ? "" : needed ? `; about ${needed} more votes decide` : "; decided";
+  const early = waiting
+    ? `. Seen with ${waiting} to pick: if that ends the picking, the interval is too narrow`
+    : "";
   return (
     `${arms[0]} wins ${percent(rate)} against ${arms[1]} ` +
-    `(95 %: ${percent(low)} to ${percent(high)}; ${wins[0]} : ${wins[1]}, ${ties} ties)${more}`
+    `(95 %: ${percent(low)} to ${percent(high)}; ${wins[0]} : ${wins[1]}, ${ties} ties)` +
+    more + early
   );
 }

@@ -80,6 +80,7 @@ class Node:
     title: str
     values: Mapping[str, Any]  # by input: an Output, or what is typed
     files: Sequence[ModelFile]
+    after_run: str = "fixed"  # what a seed does then: the same picture as the thumbnail's
     x: int = 0
     y: int = 0
 
@@ -149,15 +150,21 @@ class Graph:
         self.groups.append(Group(title))
 
     def node(
-        self, kind: str, files: Sequence[ModelFile] = (), title: str = "", **values: Any
+        self,
+        kind: str,
+        files: Sequence[ModelFile] = (),
+        title: str = "",
+        after_run: str = "fixed",
+        **values: Any,
     ) -> Node:
-        """files: what it loads.  values: by input, an Output or a literal.
+        """files: what it loads.  after_run: of a seed.  values: by input, an Output or a literal.
 
         Raises ValueError for an input that is unknown, missing, or given another type's output.
         """
         shape = self.shapes[kind]
         check_values(shape, values)
-        node = Node(len(self.nodes) + 1, shape, title or shape.title, values, tuple(files))
+        name = title or shape.title
+        node = Node(len(self.nodes) + 1, shape, name, values, tuple(files), after_run)
         self._place(node)
         self.groups[-1].nodes.append(node)
         return node
@@ -291,7 +298,7 @@ def saved_widgets(node: Node) -> dict[str, Any]:
     for entry in node.shape.widgets:
         saved[entry.name] = node.typed(entry)
         if entry.control:
-            saved["control_after_generate"] = "fixed"  # the same picture as the thumbnail's
+            saved["control_after_generate"] = node.after_run
         if entry.upload:
             saved["upload"] = "image"
     return saved

@@ -549,10 +549,10 @@ ROUND = "two red circles on a white background"
 def draw(
     graph: Graph,
     load: Node,
-    prompt: str,
+    prompt: str | Output,
     count: int = 1,
     model: Output | None = None,
-    seed: int = SEED,
+    seed: int | Output = SEED,
     cfg: float = TINY.cfg,
 ) -> Output:
     """Pictures of a prompt, not saved.  model: the loaded one where none is given."""
@@ -678,26 +678,39 @@ def train_dpo(graph: Graph) -> None:
     graph.node("SaveImage", images=after, filename_prefix=f"sd3/{graph.name}")
 
 
+def prompt_and_seed(graph: Graph) -> tuple[Output, Output]:
+    """For all that draw and for the picks, which must not store another prompt than was drawn.
+
+    The seed counts on: chosen by chance, PrimitiveInt's would be negative every other time.
+    """
+    graph.group("Say what to draw")
+    prompt = graph.node("PrimitiveStringMultiline", title="Prompt", value=ROUND)
+    seed = graph.node("PrimitiveInt", title="Seed", after_run="increment", value=SEED)
+    return prompt["STRING"], seed["INT"]
+
+
 @workflow("pick")
 def pick(graph: Graph) -> None:
     """
-    **Draw now, pick whenever you like.** A run with another prompt or seed adds four pictures to
-    the backlog of *SD3 Pick*. Click the best and then the worst; *tie*, *skip* and *undo* are there
-    too. The queue never waits: let it draw a hundred prompts overnight and pick in the morning.
+    **Draw now, pick whenever you like.** Each run adds four pictures to the backlog of *SD3 Pick*;
+    the seed counts on by itself, and the prompt is written in one place. Click the best and then
+    the worst; *tie*, *skip* and *undo* are there too. The queue never waits: let it draw a hundred
+    times overnight and pick in the morning.
 
     The picks lie in `output/sd3_picks/my-picks`, ready for *SD3 Preferences* (workflow
     *train-dpo*).
     """
     load = load_built_in(graph)
+    prompt, seed = prompt_and_seed(graph)
     graph.group("Draw four")
-    pictures = draw(graph, load, ROUND, count=4)
+    pictures = draw(graph, load, prompt, count=4, seed=seed)
     graph.group("Pick")
     picked = graph.node(
         "SD3Pick",
         images=pictures,
         pick_name="my-picks",
-        prompt=ROUND,
-        seed=SEED,
+        prompt=prompt,
+        seed=seed,
         model=load["MODEL"],
     )
     graph.node("SaveImage", images=picked["IMAGE"], filename_prefix=f"sd3/{graph.name}")
@@ -708,25 +721,27 @@ def blind_comparison(graph: Graph) -> None:
     """
     **Which of two settings is better?** The same prompt and seeds at `cfg` 3 and at `cfg` 1, side
     by side, in an order that you cannot know. *SD3 Pick* counts the votes, with the 95 % interval
-    and how many more votes are needed. Change prompt and seed and run again for more pairs.
+    and how many more votes are needed. Run again for more pairs: the seed counts on by itself, and
+    prompt and seed are written in one place for both sides.
 
     Anything may be compared: another model, a LoRA, another sampler. The votes are pairs for
     *SD3 Preferences* as well.
     """
     load = load_built_in(graph)
+    prompt, seed = prompt_and_seed(graph)
     graph.group("One setting")
-    first = draw(graph, load, ROUND, count=4)
+    first = draw(graph, load, prompt, count=4, seed=seed)
     graph.group("The other")
-    second = draw(graph, load, ROUND, count=4, cfg=1.0)
+    second = draw(graph, load, prompt, count=4, seed=seed, cfg=1.0)
     graph.group("Vote")
     voted = graph.node(
         "SD3Pick",
         images=first,
         pick_name="cfg-3-or-1",
-        prompt=ROUND,
+        prompt=prompt,
         images_b=second,
         label_a="cfg 3",
         label_b="cfg 1",
-        seed=SEED,
+        seed=seed,
     )
     graph.node("SaveImage", images=voted["IMAGE"], filename_prefix=f"sd3/{graph.name}")

@@ -27,7 +27,9 @@ FEWEST, MOST = 2, 4  # pictures of a group
 LARGEST = 2**26  # bytes of either file; beyond, nothing is appended
 Z95 = 1.959964  # of the normal distribution: 95 % lie within
 
-_WRITING = threading.Lock()  # votes come from the server's thread, candidates from the queue's
+# Votes come from the server's threads, candidates from the queue's: what is appended must still fit
+# what was read.
+_WRITING = threading.RLock()
 
 
 class PickRefused(ValueError):
@@ -45,6 +47,11 @@ class Group:
     seed: int | None = None
     model: str = ""
     time: str = ""
+
+    @property
+    def is_equal(self) -> bool:
+        """There is nothing to vote on: two arms drew the same."""
+        return len(set(self.pictures)) == 1
 
     def shown(self) -> list[str]:
         """The pictures in the order in which they are shown: by chance, but always the same."""
@@ -88,7 +95,16 @@ class Picks:
 
     def open_groups(self) -> list[Group]:
         done = self.votes()
-        return [group for name, group in self.groups().items() if name not in done]
+        return [
+            group
+            for name, group in self.groups().items()
+            if name not in done and not group.is_equal
+        ]
+
+    def arms(self) -> list[str]:
+        """The settings that the groups compare, in order; two, or there is no comparison."""
+        groups = self.groups().values()
+        return list(dict.fromkeys(arm for group in groups for arm in group.arms))
 
     # What comes in
 
@@ -101,9 +117,17 @@ class Picks:
         seed: int | None = None,
         model: str = "",
     ) -> Group:
-        """Put candidates (PNG files' bytes) into the backlog; the same ones are not put twice."""
+        """Put candidates (PNG files' bytes) into the backlog; the same ones are not put twice.
+
+        Equal candidates are one, as nobody can prefer either; those of two arms are a tie.  Raises
+        PickRefused.
+        """
         if not FEWEST <= len(pictures) <= MOST:
             raise PickRefused(f"{len(pictures)} pictures; a group has {FEWEST} to {MOST}.")
+        if not arms:
+            pictures = list(dict.fromkeys(pictures))
+        if len(pictures) < FEWEST:
+            raise PickRefused("the pictures are all equal: draw them with different seeds.")
         names = [hashlib.sha256(data).hexdigest()[:16] + ".png" for data in pictures]
         content = repr((prompt, names, list(arms)))
         group = Group(
@@ -115,13 +139,14 @@ class Picks:
             model,
             self._now(),
         )
-        known = self.groups().get(group.id)
         for name, data in zip(names, pictures, strict=True):
             path = self.folder / PICTURES / name
             if not path.exists():
                 save_bytes(path, data)
-        if known is None:
-            self._append(CANDIDATES, [asdict(group)])
+        with _WRITING:
+            known = self.groups().get(group.id)
+            if known is None:
+                self._append(CANDIDATES, [asdict(group)])
         return known or group
 
     def vote(self, name: str, best: str = "", worst: str = "", verdict: str = "") -> None:
@@ -130,21 +155,27 @@ class Picks:
         best, worst: pictures of it; the worst may be left out.  verdict: "tie" or "skip" instead.
         Best goes before all others, all others go before the worst.  Raises PickRefused.
         """
-        group = self.groups().get(name)
-        if group is None or name in self.votes():
-            what = "there is no such group" if group is None else "it is decided already"
-            raise PickRefused(f"group {name!r}: {what}.")
-        lines = self._decided(group, best, worst, verdict)
-        known = {"group": name, "prompt": group.prompt, "seed": group.seed, "model": group.model}
-        # An undone vote's ids must not come back: the undo line would take them too.
-        turn = sum(line.get("group") == name for line in _lines(self.folder / PREFERENCES))
-        self._append(
-            PREFERENCES,
-            [
-                {"id": f"{name}:{turn + number}", **known, **line, "time": self._now()}
-                for number, line in enumerate(lines)
-            ],
-        )
+        with _WRITING:
+            group = self.groups().get(name)
+            if group is None or group.is_equal or name in self.votes():
+                what = "there is no such group" if group is None else "it is decided already"
+                raise PickRefused(f"group {name!r}: {what}.")
+            lines = self._decided(group, best, worst, verdict)
+            known = {
+                "group": name,
+                "prompt": group.prompt,
+                "seed": group.seed,
+                "model": group.model,
+            }
+            # An undone vote's ids must not come back: the undo line would take them too.
+            turn = sum(line.get("group") == name for line in _lines(self.folder / PREFERENCES))
+            self._append(
+                PREFERENCES,
+                [
+                    {"id": f"{name}:{turn + number}", **known, **line, "time": self._now()}
+                    for number, line in enumerate(lines)
+                ],
+            )
 
     def _decided(self, group: Group, best: str, worst: str, verdict: str) -> list[dict[str, Any]]:
         if verdict in ("tie", "skip"):
@@ -174,44 +205,50 @@ class Picks:
 
     def undo(self) -> str:
         """Take back the newest vote that stands; returns its group.  Raises PickRefused."""
-        standing = self.votes()
-        if not standing:
-            raise PickRefused("there is no vote to take back.")
-        name, lines = list(standing.items())[-1]
-        now = self._now()
-        self._append(PREFERENCES, [{"undo": line["id"], "time": now} for line in lines])
+        with _WRITING:
+            standing = self.votes()
+            if not standing:
+                raise PickRefused("there is no vote to take back.")
+            name, lines = list(standing.items())[-1]
+            now = self._now()
+            self._append(PREFERENCES, [{"undo": line["id"], "time": now} for line in lines])
         return name
 
     def comparison(self) -> Comparison | None:
-        """What the votes say of the arms, the leading one first; None without any."""
-        arms: list[str] = []
-        for group in self.groups().values():
-            arms += [arm for arm in group.arms if arm not in arms]
+        """What the votes say of the arms, the leading one first; None without any.
+
+        Equal pictures of both arms are ties that nobody has to vote for.
+        """
+        arms, groups = self.arms(), self.groups().values()
         lines = [line for vote in self.votes().values() for line in vote if line.get("arms")]
-        if len(arms) != 2 or not lines:
+        if len(arms) != 2:
             return None
         won = [line["arms"][0] for line in lines if "chosen" in line]
         arms.sort(key=lambda arm: -won.count(arm))
-        ties = sum("tie" in line for line in lines)
+        ties = sum("tie" in line for line in lines) + sum(group.is_equal for group in groups)
         return compare((arms[0], arms[1]), (won.count(arms[0]), won.count(arms[1])), ties)
 
     def _now(self) -> str:
         return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(self.clock()))
 
     def _append(self, name: str, lines: Sequence[Mapping[str, Any]]) -> None:
-        """All lines in one write at the file's end, so that no reader meets a part of them."""
+        """All lines in one write at the file's end, so that no reader meets a part of them.
+
+        A line that a crash tore ends here: it must not take the next one with it.
+        """
         path = self.folder / name
         data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _WRITING:
-            if path.exists() and path.stat().st_size > LARGEST:
+        with _WRITING, path.open("ab+", buffering=0) as file:
+            size = file.seek(0, os.SEEK_END)
+            if size > LARGEST:
                 raise PickRefused(f"{name} is full ({LARGEST:,} bytes): begin another folder.")
-            file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o644)
-            try:
-                os.write(file, data)
-                os.fsync(file)
-            finally:
-                os.close(file)
+            if size:
+                file.seek(-1, os.SEEK_END)
+                data = data if file.read(1) == b"\n" else b"\n" + data
+            while data:
+                data = data[file.write(data) :]
+            os.fsync(file.fileno())
 
 
 def compare(arms: tuple[str, str], wins: tuple[int, int], ties: int) -> Comparison | None:
@@ -237,15 +274,15 @@ def compare(arms: tuple[str, str], wins: tuple[int, int], ties: int) -> Comparis
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; a torn last line is left out."""
+    """The objects of a .jsonl file; torn lines are left out."""
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        texts = path.read_bytes().split(b"\n")  # a prompt may hold what else parts lines
     except FileNotFoundError:
         return []
     found = []
     for text in texts:
         try:
-            line = json.loads(text)
+            line = json.loads(text.decode())
         except ValueError:
             continue
         if isinstance(line, dict):

@@ -10,6 +10,7 @@ In the file, names are relative to its folder and "weight" may scale a pair's lo
 line whose "id" is ID.
 """
 
+import codecs
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -257,12 +258,8 @@ class _Lines:
     ties: set[str] = field(default_factory=set)
     passed: set[str] = field(default_factory=set)
 
-    def read(self, text: str, number: int) -> None:
+    def read(self, fields: Any, number: int) -> None:
         """Raises ValueError."""
-        try:
-            fields = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"no JSON ({error.msg} at character {error.colno})") from error
         if not isinstance(fields, dict):
             raise ValueError('expected an object such as {"prompt", "chosen", "rejected"}')
         key = str(fields.get("id", f"line {number}"))
@@ -304,16 +301,29 @@ def _name(fields: dict[str, Any], field_name: str) -> str:
 
 
 def read_pairs(file: Path) -> PairListing:
-    """The pairs that a .jsonl file lists.  Raises ValueError, naming the line."""
+    """The pairs that a .jsonl file lists.  Raises ValueError, naming the line.
+
+    A line that is no JSON at all is skipped: a crash may have torn it, and the others still count.
+    """
     try:
-        texts = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read as UTF-8 text ({error}).") from error
-    lines = _Lines(file.parent)
+        texts = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error}).") from error
+    lines, skipped = _Lines(file.parent), []
     for number, text in enumerate(texts, 1):
-        if text.strip():
-            try:
-                lines.read(text, number)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{file}:{number}: {error}.") from error
-    return PairListing(tuple(lines.pairs.values()), (), len(lines.ties), len(lines.passed))
+        if not text.strip():
+            continue
+        try:
+            fields = json.loads(text.decode())
+        except ValueError as error:
+            reason = f"the line is no JSON in UTF-8, as if torn ({error})"
+            skipped.append(Skipped(f"{PREFERENCES}:{number}", reason))
+            continue
+        except RecursionError as error:
+            raise ValueError(f"{file}:{number}: {error}.") from error
+        try:
+            lines.read(fields, number)
+        except ValueError as error:
+            raise ValueError(f"{file}:{number}: {error}.") from error
+    pairs = tuple(lines.pairs.values())
+    return PairListing(pairs, tuple(skipped), len(lines.ties), len(lines.passed))

@@ -70,6 +70,7 @@ def test_pictures_pass_through_and_wait_in_the_backlog():
         "open": 1,
         "decided": 0,
         "comparison": None,
+        "problem": "",
     }
     assert told(SD3Pick.execute(batch, "mine", "a circle", seed=5))["open"] == 1
 
@@ -79,6 +80,44 @@ def test_a_batch_is_cut_into_groups_of_two_to_four(output, count, sizes):
     SD3Pick.execute(images(count), "mine", "x")
     groups = Picks(output / "sd3_picks" / "mine").groups().values()
     assert [len(group.pictures) for group in groups] == sizes
+
+
+def test_equal_pictures_of_a_batch_come_once(output):
+    SD3Pick.execute(images(3)[[0, 1, 0, 2, 1, 0]], "mine", "x")
+    (group,) = Picks(output / "sd3_picks" / "mine").open_groups()
+    assert len(group.pictures) == 3
+
+
+def test_a_comparison_is_told_at_its_end_or_when_asked_for():
+    SD3Pick.execute(images(2), "mine", "x", images(2, seed=1), "cfg 3", "cfg 7")
+    group = ask()[1]["group"]
+    status, seen = send({"group": group["id"], "best": group["pictures"][0]})
+    assert (status, seen["decided"], seen["open"]) == (200, 1, 1)
+    assert seen["hidden"]
+    assert "cfg" not in json.dumps(seen)
+    assert "wins" not in json.dumps(seen)
+    ((_, revealed),) = talk(("GET", "/sd3_workbench/picks/mine?reveal=1", {}))
+    assert sum(revealed["comparison"]["wins"]) == 1
+    assert not revealed["hidden"]
+    assert ask()[1]["comparison"] is None  # asked for anew each time
+    _, seen = send({"group": seen["group"]["id"], "verdict": "tie"})
+    assert seen["comparison"]["ties"] == 1
+    assert not seen["hidden"]
+
+
+def test_more_labels_than_two_are_said():
+    SD3Pick.execute(images(1), "mine", "x", images(1, seed=1), "a", "b")
+    assert ask()[1]["problem"] == ""
+    result = SD3Pick.execute(images(1), "mine", "x", images(1, seed=2), "a", "c")
+    assert "holds 3 labels (a, b, c)" in told(result)["problem"]
+    assert "holds 3 labels" in ask()[1]["problem"]
+
+
+def test_equal_pictures_of_two_settings_are_ties(output):
+    batch = images(3)
+    result = SD3Pick.execute(batch, "mine", "x", torch.cat([batch[:2], images(1, 1)]), "a", "b")
+    assert (told(result)["added"], told(result)["open"]) == (3, 1)
+    assert Picks(output / "sd3_picks" / "mine").comparison().ties == 2
 
 
 def test_two_settings_are_compared_blindly(output):
@@ -100,6 +139,7 @@ def test_two_settings_are_compared_blindly(output):
     ("arguments", "message"),
     [
         ((images(1), "mine", "x"), "one picture is no choice"),
+        ((images(1).repeat(4, 1, 1, 1), "mine", "x"), "the 4 pictures are all equal"),
         ((images(2), "mine", "x", images(3)), "images has 2 pictures and images_b 3"),
         ((images(2), "mine", "x", images(2, 1), "A", "A"), "name them apart"),
         ((images(2), "../mine", "x"), "pick_name is '../mine'"),

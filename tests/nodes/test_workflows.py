@@ -313,3 +313,17 @@ def test_only_workflows_lie_where_the_template_browser_looks():
     listed = {path.stem for path in FOLDER.glob("*.json")}
     assert listed == set(NAMES)
     assert {path.stem for path in Path(FOLDER / "api").iterdir()} == listed
+
+
+@pytest.mark.parametrize("name", ["pick", "blind-comparison"])
+def test_picks_are_stored_with_what_was_drawn(name):
+    """One node each says prompt and seed to all: two could be changed apart, and DPO would learn
+    from another prompt than was drawn."""
+    form = api(name)
+    (pick,) = (node["inputs"] for node in form.values() if node["class_type"] == "SD3Pick")
+    assert form[pick["prompt"][0]]["class_type"] == "PrimitiveStringMultiline"
+    assert form[pick["seed"][0]]["class_type"] == "PrimitiveInt"
+    for kind, entry in (("SD3EncodePrompt", "prompt"), ("SD3Sample", "seed")):
+        given = [node["inputs"][entry] for node in form.values() if node["class_type"] == kind]
+        assert given
+        assert all(link == pick[entry] for link in given)

@@ -2,7 +2,11 @@
 
 import json
 import math
-from io import BytesIO
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from io import BytesIO, FileIO
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -148,6 +152,34 @@ def test_equal_arms_need_no_number_of_votes():
     assert compare(("a", "b"), (0, 0), 0) is None
 
 
+def test_votes_on_one_group_at_the_same_time_are_one_vote(picks, monkeypatch):
+    group = picks.add("x", [RED, BLUE])
+    together = threading.Barrier(8)
+    read = Picks.votes
+
+    def read_together(self):
+        """What lets all in at once if reading is not locked; else nobody meets and it goes on."""
+        found = read(self)
+        with suppress(threading.BrokenBarrierError):
+            together.wait(0.2)
+        return found
+
+    monkeypatch.setattr(Picks, "votes", read_together)
+
+    def vote(number):
+        try:
+            Picks(picks.folder).vote(group.id, best=group.pictures[number % 2])
+        except PickRefused as error:
+            return str(error)
+        return "taken"
+
+    with ThreadPoolExecutor(8) as threads:
+        answers = list(threads.map(vote, range(8)))
+    assert answers.count("taken") == 1
+    assert sum("decided already" in answer for answer in answers) == 7
+    assert len(pairs(picks)) == 1
+
+
 def test_a_vote_that_cannot_be_is_refused_and_writes_nothing(picks):
     group = picks.add("x", [RED, BLUE])
     other = picks.add("y", [GREEN, WHITE])
@@ -172,6 +204,28 @@ def test_a_vote_that_cannot_be_is_refused_and_writes_nothing(picks):
     assert len(pairs(picks)) == 1
 
 
+def test_equal_candidates_are_one(picks):
+    group = picks.add("x", [RED, BLUE, RED, BLUE])
+    assert group.pictures == picks.add("x", [RED, BLUE]).pictures
+    picks.vote(group.id, best=group.pictures[1])
+    assert pairs(picks) == [group.pictures[::-1]]
+    with pytest.raises(PickRefused, match="all equal"):
+        picks.add("y", [RED, RED, RED])
+    assert len(picks.groups()) == 1
+
+
+def test_equal_pictures_of_two_arms_are_a_tie_without_a_vote(picks):
+    group = picks.add("x", [RED, BLUE], arms=("a", "b"))
+    equal = picks.add("y", [RED, RED], arms=("a", "b"))
+    assert picks.open_groups() == [group]
+    picks.vote(group.id, best=group.pictures[1])
+    result = picks.comparison()
+    assert (result.arms, result.wins, result.ties) == (("b", "a"), (1, 0), 1)
+    with pytest.raises(PickRefused, match="decided already"):
+        picks.vote(equal.id, best=equal.pictures[0])
+    assert picks.undo() == group.id
+
+
 @pytest.mark.parametrize("count", [0, 1, 5])
 def test_a_group_has_two_to_four_pictures(picks, count):
     with pytest.raises(PickRefused, match="2 to 4"):
@@ -184,6 +238,49 @@ def test_a_torn_line_is_left_out(picks):
     with (picks.folder / "candidates.jsonl").open("a") as file:
         file.write('{"id": "half')
     assert len(picks.groups()) == 1
+
+
+@pytest.mark.parametrize("torn", [b'{"id": "ha', '{"prompt": "Grü'.encode()[:-1], b"{"])
+def test_a_vote_after_a_torn_one_is_kept(picks, torn):
+    first, second = picks.add("x", [RED, BLUE]), picks.add("y", [RED, GREEN])
+    picks.vote(first.id, best=first.pictures[0])
+    for name in ("preferences.jsonl", "candidates.jsonl"):
+        with (picks.folder / name).open("ab") as file:
+            file.write(torn)
+    picks.vote(second.id, best=second.pictures[1])
+    third = picks.add("z", [RED, WHITE])
+    assert picks.votes().keys() == {first.id, second.id}
+    assert picks.open_groups() == [third]
+    assert pairs(picks) == [first.pictures, second.pictures[::-1]]
+
+
+def test_a_write_in_pieces_is_a_whole_line(picks, monkeypatch):
+    group = picks.add("x", [RED, BLUE])
+    opened = Path.open
+
+    class Slow(FileIO):
+        def write(self, data):
+            return super().write(data[:10])
+
+    monkeypatch.setattr(
+        Path,
+        "open",
+        lambda self, mode="r", *rest, **named: (
+            Slow(self, mode) if mode == "ab+" else opened(self, mode, *rest, **named)
+        ),
+    )
+    picks.vote(group.id, best=group.pictures[0])
+    assert pairs(picks) == [group.pictures]
+
+
+@pytest.mark.parametrize("mark", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r"])
+def test_a_prompt_may_hold_what_parts_lines_elsewhere(picks, mark):
+    prompt = f"a{mark}circle"
+    group = picks.add(prompt, [RED, BLUE])
+    assert [one.prompt for one in picks.open_groups()] == [prompt]
+    picks.vote(group.id, best=group.pictures[0])
+    assert picks.open_groups() == []
+    assert pairs(picks) == [group.pictures]
 
 
 def test_a_full_file_is_not_appended_to(picks, monkeypatch):

@@ -168,13 +168,26 @@ def test_a_broken_picture_costs_its_pair_only(pictures):
         ('{"caption": "x", "jpg_0": "a.png", "jpg_1": "b.png", "label_0": 2}', "label_0 is 2"),
         ('{"prompt": "x", "chosen": "a.png", "rejected": "b.png", "weight": -1}', "weight is -1"),
         ("[1, 2]", "expected an object"),
-        ("{", "no JSON"),
     ],
 )
 def test_a_line_that_cannot_be_followed_is_named(pictures, line, message):
     (pictures / "preferences.jsonl").write_text("\n" + line)
     with pytest.raises(ValueError, match=rf"preferences.jsonl:2: .*{message}"):
         list_pairs(Source(pictures))
+
+
+@pytest.mark.parametrize("torn", ["{", '{"prompt": "Gr\xfc', '{"prompt": "a c{"prompt": "x"}'])
+def test_a_torn_line_costs_itself_only(pictures, torn):
+    line = json.dumps({"prompt": "x", "chosen": "a.png", "rejected": "b.png"})
+    text = "\n".join([line, torn, line, torn])
+    (pictures / "preferences.jsonl").write_bytes(text.encode("latin-1"))
+    dataset = read(pictures)
+    assert names(dataset) == [("a.png", "b.png")] * 2
+    assert [one.name for one in dataset.report.skipped] == [
+        "preferences.jsonl:2",
+        "preferences.jsonl:4",
+    ]
+    assert "skipped preferences.jsonl:2: the line is no JSON" in "\n".join(dataset.report.lines())
 
 
 def test_a_folder_without_pairs_says_what_was_expected(pictures):
