@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import folder_paths
+import torch
 from aiohttp import web
 from comfy_api.latest import io
 from PIL import Image
 from server import PromptServer
 from torch import Tensor
 
+from ..sd3_core.embedded.requests import parse
+from ..sd3_core.embedded.score import judge_pictures
 from ..sd3_core.training.picks import MOST, PICTURES, Group, PickRefused, Picks
 from ..sd3_core.training.run import named_folder
 from ._compat import advanced, schema
@@ -27,6 +30,7 @@ from .wires import CATEGORY, origin_of, report
 HOME = "sd3_picks"  # in ComfyUI's output folder
 ADDRESS = "/sd3_workbench/picks/{name}"
 LARGEST_BODY = 4096  # bytes of a vote
+ME, CHECKER = "me", "checker"  # who votes
 FIELDS = {"group", "best", "worst", "verdict", "undo"}
 
 
@@ -196,6 +200,40 @@ def add_candidates(
     return [picks.add(prompt, pair, arms=arms, **about) for pair in pairs]
 
 
+def check_judged(judge: str, prompt: str) -> None:
+    """Raises NodeError for a prompt that the checker cannot judge."""
+    if judge == CHECKER:
+        try:
+            parse(prompt)
+        except ValueError as error:
+            raise NodeError(
+                "bad_setting",
+                f"judge is {CHECKER}, which knows the embedded model's world alone: {error} "
+                f"Choose {ME}, or a prompt of that world.",
+            ) from error
+
+
+def let_checker_vote(picks: Picks, groups: Sequence[Group]) -> None:
+    """On those that are open: a right picture goes before a wrong one."""
+    waiting = {group.id for group in picks.open_groups()}
+    for group in groups:
+        if group.id in waiting:
+            right = {
+                name
+                for name in group.pictures
+                if judge_pictures(stored(picks, name), [group.prompt])[0].right
+            }
+            picks.judge(group.id, right, by=CHECKER)
+
+
+def stored(picks: Picks, name: str) -> Tensor:
+    """A picture of the folder, [1, 3, H, W] in -1..1."""
+    with Image.open(picks.folder / PICTURES / name) as picture:
+        size, data = picture.size, picture.convert("RGB").tobytes()
+    pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(1, size[1], size[0], 3)
+    return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
 class SD3Pick(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> Any:
@@ -257,6 +295,15 @@ class SD3Pick(io.ComfyNode):
                                 optional=True,
                                 tooltip="What drew them; its file is stored with the picks.",
                             ),
+                            io.Combo.Input(
+                                "judge",
+                                options=[ME, CHECKER],
+                                default=ME,
+                                optional=True,
+                                tooltip="checker: the embedded model's own votes at once, what is "
+                                "as asked before what is not, all alike a tie. Only for prompts "
+                                "of its world.",
+                            ),
                         ]
                     ),
                 ],
@@ -284,12 +331,16 @@ class SD3Pick(io.ComfyNode):
         label_b: str = "B",
         seed: int | None = None,
         model: Any = None,
+        judge: str = ME,
     ) -> io.NodeOutput:
+        check_judged(judge, prompt)
         with coded("bad_setting"):
             picks = Picks(pick_folder(pick_name))
             file = "" if model is None else origin_of(model).files.get("mmdit", {}).get("file", "")
             arms = (label_a.strip(), label_b.strip())
             groups = add_candidates(picks, images, images_b, arms, prompt.strip(), seed, file)
+            if judge == CHECKER:
+                let_checker_vote(picks, groups)
         shown = state(picks)
         contents = {
             "pick_name": pick_name,

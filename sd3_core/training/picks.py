@@ -13,8 +13,9 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -155,12 +156,33 @@ class Picks:
         best, worst: pictures of it; the worst may be left out.  verdict: "tie" or "skip" instead.
         Best goes before all others, all others go before the worst.  Raises PickRefused.
         """
+        self._cast(name, lambda group: self._decided(group, best, worst, verdict))
+
+    def judge(self, name: str, right: Collection[str], by: str) -> None:
+        """Decide an open group as a program sees it, which the lines then name.
+
+        right: pictures of it; each goes before each other one.  All or none: a tie.  Raises
+        PickRefused.
+        """
+
+        def decided(group: Group) -> list[dict[str, Any]]:
+            wrong = [one for one in group.pictures if one not in right]
+            better = [one for one in group.pictures if one in right]
+            if not wrong or not better:
+                return self._decided(group, "", "", "tie")
+            return [
+                self._pair(group, chosen, rejected) for chosen, rejected in product(better, wrong)
+            ]
+
+        self._cast(name, lambda group: [{**line, "by": by} for line in decided(group)])
+
+    def _cast(self, name: str, decide: Callable[[Group], list[dict[str, Any]]]) -> None:
         with _WRITING:
             group = self.groups().get(name)
             if group is None or group.is_equal or name in self.votes():
                 what = "there is no such group" if group is None else "it is decided already"
                 raise PickRefused(f"group {name!r}: {what}.")
-            lines = self._decided(group, best, worst, verdict)
+            lines = decide(group)
             known = {
                 "group": name,
                 "prompt": group.prompt,

@@ -10,6 +10,9 @@ from aiohttp.test_utils import TestClient, TestServer
 from sd3_pack.nodes import pick
 from sd3_pack.nodes.errors import NodeError
 from sd3_pack.nodes.pick import SD3Pick
+from sd3_pack.sd3_core.embedded.captions import short_caption
+from sd3_pack.sd3_core.embedded.render import draw
+from sd3_pack.sd3_core.embedded.scenes import scenes
 from sd3_pack.sd3_core.training.picks import Picks
 
 
@@ -103,6 +106,53 @@ def test_a_comparison_is_told_at_its_end_or_when_asked_for():
     _, seen = send({"group": seen["group"]["id"], "verdict": "tie"})
     assert seen["comparison"]["ties"] == 1
     assert not seen["hidden"]
+
+
+@pytest.fixture
+def world():
+    """A prompt, four pictures that are as asked, and four that are not."""
+    shown = scenes(3, range(40), (64, 64), kinds={"single": 1.0})
+    asked = short_caption(shown[0])
+    drawn = (draw(shown).permute(0, 2, 3, 1) + 1) / 2
+    shape = shown[0].things[0].shape
+    wrong = [place for place, one in enumerate(shown) if one.things[0].shape != shape]
+    right = drawn[:1].repeat(4, 1, 1, 1)
+    right[range(4), 0, 0, 0] -= torch.arange(4) / 255  # as asked all the same, but not equal
+    return asked, right, drawn[wrong[:4]]
+
+
+def test_the_checker_votes_at_once(output, world):
+    asked, right, wrong = world
+    batch = torch.cat([wrong[:1], right[:1], wrong[1:2], right[1:2]])
+    for _ in range(2):  # the same candidates are not judged again
+        result = SD3Pick.execute(batch, "mine", asked, judge="checker")
+        assert (told(result)["open"], told(result)["decided"]) == (0, 1)
+    picks = Picks(output / "sd3_picks" / "mine")
+    ((group, lines),) = picks.votes().items()
+    one, two, three, four = (f"pictures/{name}" for name in picks.groups()[group].pictures)
+    assert {(line["chosen"], line["rejected"]) for line in lines} == {
+        (two, one),
+        (two, three),
+        (four, one),
+        (four, three),
+    }
+    assert told(SD3Pick.execute(wrong, "mine", asked))["open"] == 1  # a person's
+
+
+def test_the_checker_compares_two_settings(output, world):
+    asked, right, wrong = world
+    ours = torch.cat([right[:2], wrong[:1], right[2:3]])
+    others = torch.cat([wrong[:1], right[2:3], wrong[1:2], wrong[2:3]])
+    result = SD3Pick.execute(ours, "mine", asked, others, "new", "old", judge="checker")
+    comparison = told(result)["comparison"]
+    assert comparison["arms"] == ("new", "old")
+    assert (comparison["wins"], comparison["ties"]) == ((2, 0), 2)
+
+
+def test_the_checker_refuses_what_is_outside_of_its_world(output):
+    with pytest.raises(NodeError, match='judge is checker, .*"lighthouse".*Choose me'):
+        SD3Pick.execute(images(2), "mine", "a lighthouse", judge="checker")
+    assert not (output / "sd3_picks").exists()
 
 
 def test_more_labels_than_two_are_said():

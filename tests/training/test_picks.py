@@ -61,6 +61,20 @@ def test_best_and_worst_of_four_are_all_the_pairs_they_decide(picks, worst, coun
         assert {(names[0], names[3]), (names[2], names[3])} <= set(found)
 
 
+def test_a_judges_right_pictures_go_before_its_wrong_ones(picks):
+    group = picks.add("x", [RED, GREEN, BLUE, WHITE])
+    one, two, three, four = group.pictures
+    picks.judge(group.id, {two, four}, by="checker")
+    assert set(pairs(picks)) == {(two, one), (two, three), (four, one), (four, three)}
+    for right in (set(), {one, two}):
+        picks.judge(picks.add(f"{len(right)}", [RED, GREEN]).id, right, by="checker")
+    lines = [line for vote in picks.votes().values() for line in vote]
+    assert ["tie" in line for line in lines] == [False] * 4 + [True] * 2
+    assert {line["by"] for line in lines} == {"checker"}
+    with pytest.raises(PickRefused, match="decided already"):
+        picks.judge(group.id, {one}, by="checker")
+
+
 def test_an_undone_vote_teaches_nothing_and_may_be_cast_anew(picks):
     first, second = picks.add("x", [RED, BLUE]), picks.add("y", [RED, GREEN, BLUE])
     picks.vote(second.id, best=second.pictures[0], worst=second.pictures[1])
