@@ -28,7 +28,7 @@ from ..training.densities import Uniform
 from ..training.distributed import ALONE
 from ..training.flow import FlowTask, Place
 from ..training.learner import Learner
-from ..training.loop import Session, ignore
+from ..training.loop import Session, any_state, ignore
 from ..training.objectives import RectifiedFlow
 from ..training.run import Run, run_folder
 from ..training.trainer import network_to_train
@@ -72,7 +72,7 @@ class Ours:
         folder = run_folder(config.output, config.run_name)
         folder.mkdir(parents=True, exist_ok=True)
         learner = Learner(task.parameters, config)
-        self.session = Session(task, Run(folder), config, ALONE, learner, ignore)
+        self.session = Session(task, Run(folder), config, ALONE, learner, ignore, any_state)
 
     @torch.enable_grad()
     def __call__(self, given: Mapping[str, Tensor]) -> Tensor:
