@@ -1,6 +1,8 @@
 """Presets: the table is sound, and a network finds its line in it."""
 
 import pytest
+from sd3_pack.sd3_core.checkpoints.header import read_header
+from sd3_pack.sd3_core.embedded.model import FILE
 from sd3_pack.sd3_core.models.mmdit import MMDiTConfig
 from sd3_pack.sd3_core.presets import PRESETS, family, preset_for
 from sd3_pack.sd3_core.samplers import SAMPLERS
@@ -49,10 +51,10 @@ def test_turbo_takes_four_steps_and_one_branch():
     assert (turbo.steps, turbo.cfg) == (4, 1.0)
 
 
-def test_shift_is_three_for_all_released_models():
-    released = [name for name in PRESETS if name != "sd3_tiny"]
-    assert {PRESETS[name].shift for name in released} == {3.0}
-    assert PRESETS["sd3_tiny"].shift < 2  # of a picture of 128 pixels
+def test_shift_is_three_for_all_models():
+    """The released ones, and the embedded one, whose file says the same."""
+    assert {preset.shift for preset in PRESETS.values()} == {3.0}
+    assert float(read_header(FILE).metadata["sd3_workbench.shift"]) == PRESETS["sd3_tiny"].shift
 
 
 def test_skip_layers_exist_in_their_network():

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from sd3_pack.sd3_core.checkpoints.load import load_mmdit
+from sd3_pack.sd3_core.checkpoints.load import load_mmdit, load_vae
 from sd3_pack.sd3_core.checkpoints.lora_files import read_lora
 from sd3_pack.sd3_core.embedded.captions import full_caption, short_caption
 from sd3_pack.sd3_core.embedded.drawing import Painter
@@ -30,19 +30,14 @@ from sd3_pack.sd3_core.training.config import TrainConfig
 from sd3_pack.sd3_core.training.folders import Source
 from sd3_pack.sd3_core.training.trainer import train
 
-CLAIMS = Path(__file__).parent.parent / "embedded" / "score.json"
-SINGLE = json.loads(CLAIMS.read_text(encoding="utf-8"))[0]["share"]
-
-pytestmark = [
-    pytest.mark.long,
-    # Nothing can be seen of a lesson in a model that does not draw single things yet.
-    pytest.mark.skipif(SINGLE < 0.8, reason=f"{FILE.name} draws {SINGLE:.0%} of single objects"),
-]
+pytestmark = pytest.mark.long
 
 SIDE = 128  # pixels
-NEW, NEW_RGB = "brown", torch.tensor([0.42, 0.26, 0.12])
+# One that the VAE can show, which was taught eight: it turns brown (0.42, 0.26, 0.12) into a dark
+# red (0.49, 0.16, 0.19), teal into green.
+NEW, NEW_RGB = "salmon", torch.tensor([0.95, 0.55, 0.45])
 STAND_IN = "red"  # whose place the new colour takes in rendered pictures
-NEAR = 0.15  # RGB distance that still is the new colour; the nearest known one is 0.4 away
+NEAR = 0.15  # RGB distance that still is the new colour; the nearest known ones are 0.3 away
 PICTURES = 32
 ORDINARY = 512  # pictures of the world as it is
 CATEGORY = "counting"  # what DPO is to lift
@@ -104,6 +99,12 @@ def is_new_colour(picture: torch.Tensor) -> bool:
     return thing.shape[1] > 60 and bool((thing.median(dim=1).values - NEW_RGB).norm() < NEAR)
 
 
+@torch.inference_mode()
+def behind_the_vae(pictures: torch.Tensor) -> torch.Tensor:
+    vae = load_vae(FILE, dtype=torch.float32)
+    return torch.cat([vae.decode(vae.encode(some).mean) for some in pictures.split(8)])
+
+
 def write_pictures(folder: Path, pictures: torch.Tensor, captions: list[str]) -> None:
     """pictures: [B, 3, H, W] in -1..1."""
     folder.mkdir()
@@ -114,9 +115,10 @@ def write_pictures(folder: Path, pictures: torch.Tensor, captions: list[str]) ->
 
 def test_a_lora_teaches_a_new_colour_from_32_pictures(tmp_path):
     shown = stand_in_scenes(11, PICTURES)
-    brown = [recoloured(draw([one]) / 2 + 0.5, one.ground) * 2 - 1 for one in shown]
+    new = torch.cat([recoloured(draw([one]) / 2 + 0.5, one.ground) * 2 - 1 for one in shown])
+    assert all(map(is_new_colour, behind_the_vae(new)))
     texts = [short_caption(one, n).replace(STAND_IN, NEW) for n, one in enumerate(shown)]
-    write_pictures(tmp_path / "brown", torch.cat(brown), texts)
+    write_pictures(tmp_path / NEW, new, texts)
     others = scenes(31, range(ORDINARY), (SIDE, SIDE))
     telling = [(short_caption if n % 4 else full_caption)(one, n) for n, one in enumerate(others)]
     write_pictures(tmp_path / "ordinary", draw(others), telling)
@@ -127,9 +129,9 @@ def test_a_lora_teaches_a_new_colour_from_32_pictures(tmp_path):
     outcome = train(
         run(
             tmp_path,
-            run_name="brown",
+            run_name=NEW,
             data=(
-                Source(tmp_path / "brown", repeats=ORDINARY // PICTURES),
+                Source(tmp_path / NEW, repeats=ORDINARY // PICTURES),
                 Source(tmp_path / "ordinary"),
             ),
             steps=1200,
