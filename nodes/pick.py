@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..sd3_core.embedded.requests import parse
 from ..sd3_core.embedded.score import judge_pictures
-from ..sd3_core.training.picks import MOST, PICTURES, Group, PickRefused, Picks
+from ..sd3_core.training.picks import MOST, PICTURES, Group, PickRefused, Picks, different
 from ..sd3_core.training.run import named_folder
 from ._compat import advanced, schema
 from .errors import NodeError, coded
@@ -169,7 +169,7 @@ def add_candidates(
     seed: int | None,
     model: str,
 ) -> list[Group]:
-    """Raises NodeError for pictures that cannot be compared."""
+    """Raises NodeError and PickRefused for pictures that cannot be compared."""
     about = {"seed": seed, "model": model}
     own = [png(pixels) for pixels in images]
     if rivals is None:
@@ -179,13 +179,7 @@ def add_candidates(
                 "one picture is no choice: draw a batch of 2 to 4 for the prompt, or connect "
                 "images_b to compare two settings.",
             )
-        own = list(dict.fromkeys(own))
-        if len(own) < 2:
-            raise NodeError(
-                "bad_setting",
-                f"the {len(images)} pictures are all equal: draw them with different seeds.",
-            )
-        return [picks.add(prompt, group, **about) for group in grouped(own)]
+        return [picks.add(prompt, group, **about) for group in grouped(different(own))]
     if len(own) != len(rivals):
         raise NodeError(
             "bad_setting",

@@ -126,9 +126,7 @@ class Picks:
         if not FEWEST <= len(pictures) <= MOST:
             raise PickRefused(f"{len(pictures)} pictures; a group has {FEWEST} to {MOST}.")
         if not arms:
-            pictures = list(dict.fromkeys(pictures))
-        if len(pictures) < FEWEST:
-            raise PickRefused("the pictures are all equal: draw them with different seeds.")
+            pictures = different(pictures)
         names = [hashlib.sha256(data).hexdigest()[:16] + ".png" for data in pictures]
         content = repr((prompt, names, list(arms)))
         group = Group(
@@ -271,6 +269,16 @@ class Picks:
             while data:
                 data = data[file.write(data) :]
             os.fsync(file.fileno())
+
+
+def different(pictures: Sequence[bytes]) -> list[bytes]:
+    """Each picture once.  Raises PickRefused where that leaves no choice."""
+    found = list(dict.fromkeys(pictures))
+    if len(found) < FEWEST:
+        raise PickRefused(
+            f"the {len(pictures)} pictures are all equal: draw them with different seeds."
+        )
+    return found
 
 
 def compare(arms: tuple[str, str], wins: tuple[int, int], ties: int) -> Comparison | None:
