@@ -18,6 +18,7 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
+from comfy.k_diffusion.sampling import default_noise_sampler
 from comfy_api.latest import io
 from torch import Tensor
 from tqdm.auto import tqdm
@@ -236,8 +237,15 @@ def walk(
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         return (x - model(x, sigma, **extra_args)) / per_image(sigma, x)
 
+    draw_noise = default_noise_sampler(x, seed=extra_args.get("seed"))  # KSampler's, on its device
     with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
-        return SAMPLERS[name](velocity, x, sigmas, step_reporter(callback, dtype, bar))
+        return SAMPLERS[name](
+            velocity,
+            x,
+            sigmas,
+            step_reporter(callback, dtype, bar),
+            lambda x: draw_noise(None, None),
+        )
 
 
 @dataclass(frozen=True)
@@ -395,7 +403,7 @@ def sampler_input() -> Any:
         options=list(SAMPLERS),
         default="dpmpp_2m",
         tooltip="How to walk: euler is plainest, dpmpp_2m needs fewer steps, heun calls the model "
-        "twice a step.",
+        "twice a step, euler_ancestral adds noise on the way and suits small models.",
     )
 
 

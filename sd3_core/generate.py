@@ -28,7 +28,7 @@ from .models.clip import CLIPTextModel
 from .models.mmdit import MMDiT
 from .models.t5 import T5Encoder
 from .models.vae import VAE, to_model_space, to_vae_space
-from .noise import noise, noise_per_image
+from .noise import FreshNoise, noise, noise_per_image
 from .pictures import read_image, read_mask, to_levels, to_uint8
 from .precision import check_finite, dtype_name, processor_name
 from .samplers import SAMPLERS, OnStep, Step
@@ -272,7 +272,8 @@ def sample_with(
         mask = latent_mask(read_mask(wanted.mask, plan.width, plan.height), start)
         velocity = inpaint(velocity, start, start_noise, mask)
     x = add_noise(start, start_noise, plan.sigmas[:1])
-    x0 = SAMPLERS[plan.sampler](velocity, x, plan.sigmas, watched(on_step, plan.dtype))
+    fresh = FreshNoise(seeds_of(plan))
+    x0 = SAMPLERS[plan.sampler](velocity, x, plan.sigmas, watched(on_step, plan.dtype), fresh)
     return check_finite(x0, "the MMDiT", plan.dtype)
 
 
@@ -330,8 +331,13 @@ def gains_of(
 def starting_noise(plan: Plan) -> Tensor:
     if not plan.settings.seed_each:
         return noise(plan.latent_shape, plan.settings.seed)
-    batch = plan.latent_shape[0]
-    return noise_per_image(plan.latent_shape, [plan.settings.seed + i for i in range(batch)])
+    return noise_per_image(plan.latent_shape, seeds_of(plan))
+
+
+def seeds_of(plan: Plan) -> list[int]:
+    """One for each picture that has its own, else one for the batch."""
+    pictures = plan.latent_shape[0] if plan.settings.seed_each else 1
+    return [plan.settings.seed + index for index in range(pictures)]
 
 
 def watched(on_step: OnStep | None, dtype: torch.dtype) -> OnStep:

@@ -1,4 +1,4 @@
-"""Starting noise: the same seed gives the same picture, here and in ComfyUI, on every device."""
+"""Noise: the same seed gives the same picture, here and in ComfyUI, on every device."""
 
 from collections.abc import Sequence
 
@@ -34,6 +34,25 @@ def noise_per_image(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
     if len(seeds) != shape[0]:
         raise ValueError(f"{len(seeds)} seeds for a batch of {shape[0]}; give one per picture.")
     return torch.cat([noise((1, *shape[1:]), seed) for seed in seeds])
+
+
+class FreshNoise:
+    """The noise that a sampler adds on the way: another at each call, the same in each run.
+
+    seeds: one for the whole batch, or one for each picture.  As ComfyUI does on a CPU, it is drawn
+    from the seed after the one that the run starts with, and on the CPU for every device.
+    """
+
+    def __init__(self, seeds: Sequence[int]):
+        self.generators = [seeded((seed + 1) % 2**64) for seed in seeds]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Like x [B, C, H, W], float32.  Raises ValueError where B seeds do not fit the batch."""
+        if len(self.generators) not in (1, len(x)):
+            raise ValueError(f"{len(self.generators)} seeds for a batch of {len(x)}.")
+        share = (len(x) // len(self.generators), *x.shape[1:])
+        draws = [torch.randn(share, generator=generator) for generator in self.generators]
+        return torch.cat(draws).to(x.device)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -1,22 +1,26 @@
 """Samplers: functions that walk a latent from noise to picture along the velocity.
 
-Every sampler is `sampler(velocity, x, sigmas, on_step) -> x0`:
+Every sampler is `sampler(velocity, x, sigmas, on_step, fresh) -> x0`:
     velocity  everything a sampler knows of a model, see guidance.py
     x         [B, C, H, W], the latent at noise level sigmas[0]
     sigmas    [n + 1], falling, see Schedule.sigmas
     on_step   called after each step with a `Step`; what it raises stops the run
+    fresh     gives the noise that is added on the way; only euler_ancestral asks for it
 and returns the latent at sigmas[-1], which is x0 when the schedule ends at 0.  The state is float32
 whatever the network computes in, for small steps on a large latent vanish in half precision.
-No random numbers, no gradient switches: both are the caller's.
+No random numbers of its own, no gradient switches: both are the caller's.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from .noise import FreshNoise
 
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x [B, C, H, W], sigma [B]) -> velocity, float32
 
@@ -33,10 +37,27 @@ class Step:
 
 
 OnStep = Callable[[Step], None]
-Sampler = Callable[[Velocity, Tensor, Tensor, OnStep | None], Tensor]
+Fresh = Callable[[Tensor], Tensor]  # x -> standard normal noise like it, another at each call
 
 
-def euler(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+class Sampler(Protocol):
+    def __call__(
+        self,
+        velocity: Velocity,
+        x: Tensor,
+        sigmas: Tensor,
+        on_step: OnStep | None = None,
+        fresh: Fresh | None = None,
+    ) -> Tensor: ...
+
+
+def euler(
+    velocity: Velocity,
+    x: Tensor,
+    sigmas: Tensor,
+    on_step: OnStep | None = None,
+    fresh: Fresh | None = None,
+) -> Tensor:
     """Straight on along the velocity, from level to level.  One evaluation a step."""
     x = x.float()
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
@@ -47,7 +68,41 @@ def euler(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None 
     return x
 
 
-def heun(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None) -> Tensor:
+def euler_ancestral(
+    velocity: Velocity,
+    x: Tensor,
+    sigmas: Tensor,
+    on_step: OnStep | None = None,
+    fresh: Fresh | None = None,
+) -> Tensor:
+    """Euler's step to below the next level, and fresh noise up to it.  One evaluation a step.
+
+    What goes wrong early can still be corrected, where a network that is small or little trained
+    draws the parts of a thing so that they do not fit.  The level below is sigma_next^2 / sigma, as
+    ComfyUI's euler_ancestral goes for rectified flow (eta 1): the signal 1 - sigma is restored
+    before noise is added.  fresh: None is the noise of seed 0.
+    """
+    x = x.float()
+    fresh = fresh or FreshNoise([0])
+    for index, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
+        x0 = x - sigma * at_level(velocity, x, sigma)
+        report(on_step, index, sigmas, x, x0)
+        below = sigma_next**2 / sigma
+        x = x0 + (x - x0) * (below / sigma)
+        if 0 < sigma_next < 1:
+            signal = (1 - sigma_next) / (1 - below)
+            added = math.sqrt(max(0.0, sigma_next**2 - (signal * below) ** 2))
+            x = signal * x + added * fresh(x)
+    return x
+
+
+def heun(
+    velocity: Velocity,
+    x: Tensor,
+    sigmas: Tensor,
+    on_step: OnStep | None = None,
+    fresh: Fresh | None = None,
+) -> Tensor:
     """Along the mean of the velocities at both ends of the step.  Two evaluations a step.
 
     The last step, to 0, is Euler's.  Karras et al. 2022 (arXiv:2206.00364), algorithm 1.
@@ -64,7 +119,11 @@ def heun(velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None =
 
 
 def dpmpp_2m(
-    velocity: Velocity, x: Tensor, sigmas: Tensor, on_step: OnStep | None = None
+    velocity: Velocity,
+    x: Tensor,
+    sigmas: Tensor,
+    on_step: OnStep | None = None,
+    fresh: Fresh | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M): extrapolates x0 from its last two estimates.  One evaluation a step.
 
@@ -89,7 +148,12 @@ def dpmpp_2m(
     return x
 
 
-SAMPLERS: dict[str, Sampler] = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+SAMPLERS: dict[str, Sampler] = {
+    "euler": euler,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "euler_ancestral": euler_ancestral,
+}
 
 
 def at_level(velocity: Velocity, x: Tensor, sigma: float) -> Tensor:

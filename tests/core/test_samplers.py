@@ -6,8 +6,8 @@ from build import recipe_tensor, with_recipe_weights
 from sd3_pack.sd3_core.conditioning import Conditioning
 from sd3_pack.sd3_core.guidance import SkipLayers, classifier_free, inpaint, latent_mask, plain
 from sd3_pack.sd3_core.models.mmdit import MMDiT, MMDiTConfig, position_table
-from sd3_pack.sd3_core.noise import noise
-from sd3_pack.sd3_core.samplers import SAMPLERS, Step, dpmpp_2m, euler, heun
+from sd3_pack.sd3_core.noise import FreshNoise, noise
+from sd3_pack.sd3_core.samplers import SAMPLERS, Step, dpmpp_2m, euler, euler_ancestral, heun
 from sd3_pack.sd3_core.schedule import Schedule, add_noise
 from torch.testing import assert_close
 
@@ -139,7 +139,9 @@ def test_samplers_and_inpainting_equal_comfyui(golden, sampler, denoise, masked)
     sigmas = Schedule(description["shift"]).sigmas(run["steps"], run["scheduler"], run["denoise"])
     mask = latent_mask(tensors["pixel_mask"], latents)
     velocity = inpaint(toy_velocity, latents, start, mask) if masked else toy_velocity
-    final = SAMPLERS[run["sampler"]](velocity, add_noise(latents, start, sigmas[0]), sigmas)
+    fresh = FreshNoise([description["noise_seed"]])
+    noisy = add_noise(latents, start, sigmas[0])
+    final = SAMPLERS[run["sampler"]](velocity, noisy, sigmas, fresh=fresh)
     assert_close(final, tensors[name], atol=1e-5, rtol=0)
 
 
@@ -157,7 +159,7 @@ def test_euler_equals_diffusers_live():
 
 @pytest.mark.parametrize("scheduler", ["normal", "beta"])
 @pytest.mark.parametrize("steps", [1, 2, 3, 17])
-@pytest.mark.parametrize("sampler", SAMPLERS.values())
+@pytest.mark.parametrize("sampler", [euler, heun, dpmpp_2m])
 def test_a_constant_velocity_is_followed_exactly(sampler, steps, scheduler):
     x0, start = noise((2, 2, 4, 3, 5), 1)
     sigmas = Schedule(3.0).sigmas(steps, scheduler)
@@ -183,11 +185,44 @@ def test_halving_the_step_shrinks_the_error_by_the_order(sampler, order):
 def test_a_batch_of_two_equals_two_batches_of_one(sampler):
     start = noise((2, 4, 3, 5), 1)
     sigmas = Schedule(3.0).sigmas(6)
-    alone = [sampler(toy_velocity, start[i : i + 1], sigmas) for i in range(2)]
-    assert_close(sampler(toy_velocity, start, sigmas), torch.cat(alone), atol=1e-6, rtol=0)
+    alone = [
+        sampler(toy_velocity, start[i : i + 1], sigmas, fresh=FreshNoise([i])) for i in range(2)
+    ]
+    together = sampler(toy_velocity, start, sigmas, fresh=FreshNoise([0, 1]))
+    assert_close(together, torch.cat(alone), atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize(("sampler", "evaluations"), [(euler, 6), (heun, 11), (dpmpp_2m, 6)])
+def test_fresh_noise_keeps_the_latent_at_its_noise_level():
+    """By the velocity that knows x0, what is not x0 is noise of the level's size, ever another."""
+    x0, start = noise((2, 64, 16, 16), 1), noise((2, 64, 16, 16), 2)
+    steps: list[Step] = []
+    sigmas = Schedule(3.0).sigmas(8)
+    final = euler_ancestral(
+        lambda x, sigma: (x - x0) / sigma.reshape(-1, 1, 1, 1), start, sigmas, steps.append
+    )
+    assert_close(final, x0, atol=2e-6, rtol=0)
+    rest = [(step.x - (1 - step.sigma) * x0) / step.sigma for step in steps]
+    for one in rest:
+        assert_close(one.std(), torch.tensor(1.0), atol=0.02, rtol=0)
+    assert (rest[-1] * start).mean().abs() < 0.1  # little is left of the noise it began with
+
+
+def test_fresh_noise_is_another_each_time_and_the_same_each_run():
+    x = torch.zeros(2, 4, 3, 5)
+    one, again = FreshNoise([7]), FreshNoise([7])
+    first, second = one(x), one(x)
+    assert torch.equal(first, again(x))
+    assert not torch.equal(first, second)
+    assert torch.equal(first, noise(x.shape, 8))  # as ComfyUI: not the noise of the start
+    FreshNoise([2**64 - 1])(x)  # the largest seed has a next one, too
+    with pytest.raises(ValueError, match="2 seeds for a batch of 3"):
+        FreshNoise([1, 2])(torch.zeros(3, 1, 1, 1))
+
+
+EVALUATIONS = [(euler, 6), (heun, 11), (dpmpp_2m, 6), (euler_ancestral, 6)]
+
+
+@pytest.mark.parametrize(("sampler", "evaluations"), EVALUATIONS)
 def test_the_network_is_asked_once_a_step_by_heun_twice(sampler, evaluations):
     velocity = Recorder(toy_velocity)
     sampler(velocity, noise((1, 4, 3, 5), 1), Schedule(3.0).sigmas(6))
@@ -256,10 +291,11 @@ def test_sigmas_stay_on_the_cpu_wherever_the_latents_are(sampler):
     assert sampler(velocity, start, sigmas).device.type == "meta"
 
 
-def test_repeated_levels_do_no_harm():
+@pytest.mark.parametrize("sampler", SAMPLERS.values())
+def test_repeated_levels_do_no_harm(sampler):
     """As in `simple` at more than 1000 steps."""
-    sigmas = torch.tensor([1.0, 0.6, 0.6, 0.6, 0.3, 0.0])
-    final = dpmpp_2m(toy_velocity, noise((1, 4, 3, 5), 1), sigmas)
+    sigmas = torch.tensor([1.0, 1.0, 0.6, 0.6, 0.6, 0.3, 0.0])
+    final = sampler(toy_velocity, noise((1, 4, 3, 5), 1), sigmas)
     assert final.isfinite().all()
 
 

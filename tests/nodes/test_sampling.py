@@ -38,7 +38,7 @@ def ksampler(model, positive, negative, latent=None, cfg=3.0, sampler="euler", d
     )[0]["samples"]
 
 
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun"])
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "heun", "euler_ancestral"])
 def test_sample_ksampler_and_the_native_model_agree(our_model, their_model, conditioning, sampler):
     prompts = conditioning(1), conditioning(2)
     ours = sample(our_model, *prompts, sampler=sampler)
