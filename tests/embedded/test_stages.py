@@ -384,11 +384,14 @@ def test_an_untold_picture_has_the_empty_prompt(shelf):
     assert not torch.equal(given.context[0], empty.context[0])
 
 
-def test_encoders_are_dropped_in_the_last_part_only():
-    config = FlowStage(steps=10, encoder_dropout=0.5, encoder_dropout_from=0.6)
+@pytest.mark.parametrize(("until", "last"), [(1.0, 0.5), (0.8, 0)])
+def test_encoders_are_dropped_in_a_part_only(until, last):
+    config = FlowStage(
+        steps=10, encoder_dropout=0.5, encoder_dropout_from=0.6, encoder_dropout_until=until
+    )
     task = ShelfTask.__new__(ShelfTask)
     task.config = config
-    assert [task._encoder_dropout(step) for step in (0, 5, 6, 9)] == [0, 0, 0.5, 0.5]
+    assert [task._encoder_dropout(step) for step in (0, 5, 6, 7, 9)] == [0, 0, 0.5, 0.5, last]
 
 
 def test_explicit_attention_is_attention():

@@ -75,13 +75,16 @@ def small_pictures(count: int) -> tuple[Numbers, ...]:
 
 
 def large_pictures(count: int) -> tuple[Numbers, ...]:
-    """Mostly squares, half of them with one thing; a sixth of each of two other aspects."""
-    other = count // 6
-    return (
-        Numbers(LARGE, range(count), 0.4),
-        Numbers(LARGE, range(count, 2 * count), 0.4, {"single": 1.0}),
-        Numbers((128, 96), range(2 * count, 2 * count + other), 0.1),
-        Numbers((96, 128), range(2 * count + other, 2 * count + 2 * other), 0.1),
+    """Mostly squares, some of them with one thing only; a tenth of each of two other aspects."""
+    singles, other = 2 * count // 5, count // 10
+    return tuple(
+        Numbers(size, range(begin, begin + length), share, kinds)
+        for size, begin, length, share, kinds in (
+            (LARGE, 0, count, 0.5, KINDS),
+            (LARGE, count, singles, 0.3, {"single": 1.0}),
+            ((128, 96), count + singles, other, 0.1, KINDS),
+            ((96, 128), count + singles + other, other, 0.1, KINDS),
+        )
     )
 
 
@@ -93,13 +96,14 @@ BUDGETS = {
         t5=T5Stage(steps=1000),
         small=small_pictures(24_000),
         flow_64=FlowStage(steps=2000, batch_size=64, ema=0.998, encoder_dropout=0.0),
-        large=large_pictures(48_000),
+        large=large_pictures(100_000),
         flow_128=FlowStage(
             steps=12_000,
             batch_size=64,
             optimizer="muon",
             shift=3.0,
-            encoder_dropout_from=0.85,
+            encoder_dropout_from=0.55,
+            encoder_dropout_until=0.75,
             lr_schedule="cosine",
             checkpoint_every=1000,
             validate_every=1000,
