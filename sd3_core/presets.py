@@ -46,7 +46,9 @@ PRESETS = {
     "sd3.5_large": Preset("SD3.5 Large", steps=28, cfg=4.5, sampler="dpmpp_2m"),
     "sd3.5_large_turbo": Preset("SD3.5 Large Turbo", steps=4, cfg=1.0, sampler="euler"),
     # The embedded model; measured with `python -m sd3_core score`.
-    "sd3_tiny": Preset("SD3 Tiny", steps=20, cfg=3.0, sampler="euler", native_pixels=128 * 128),
+    "sd3_tiny": Preset(
+        "SD3 Tiny", steps=28, cfg=3.0, sampler="euler_ancestral", native_pixels=128 * 128
+    ),
     "other": Preset("other MMDiT", steps=28, cfg=4.5, sampler="euler"),
 }
 

@@ -7,6 +7,8 @@ const FRAME = 8; // the stylesheet's padding
 const LINES = { SD3EmptyLatent: 1, SD3VAEDecode: 2, SD3VAEEncode: 2, SD3EncodePrompt: 4, SD3Sample: 4, SD3Sweep: 12 };
 const USUAL_LINES = 3;
 
+const FAR = "of the latents from those of a run without approximations, relative";
+
 const title = (kind) => TITLES[kind] ?? kind;
 const plain = (key) => key.replaceAll("_", " ");
 
@@ -42,6 +44,8 @@ const WRITERS = {
   model_patches: () => [],
   clip_patches: () => [],
   unmatched_names: (names) => names.map((name) => ["no place for", name]),
+  speed: speedLines,
+  distance: (distance) => (distance === null ? [] : [["distance", brief(distance), FAR]]),
   varied: () => [],
   fixed: () => [],
   reference: () => [],
@@ -94,6 +98,16 @@ function guidanceLines({ cfg, span, skip_scale, skip_layers, skip_span }) {
     lines.push(["skip layers", `${skip_layers.join(", ")} × ${skip_scale}${part(skip_span)}`]);
   }
   return lines;
+}
+
+// What made the run faster or smaller; why the rest did not, as a hint.
+function speedLines(gains) {
+  const told = (wanted) =>
+    gains
+      .filter(({ active }) => active === wanted)
+      .map(({ name, note }) => (note ? `${name} (${note})` : name))
+      .join(", ");
+  return [["speed", told(true) || "nothing acted", told(false) && `not active: ${told(false)}`]];
 }
 
 function brief(value) {

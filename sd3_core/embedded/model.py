@@ -9,7 +9,7 @@ from .checker import read
 from .requests import advice, parse
 from .verdict import sentence
 
-NAME = "sd3-tiny-4"  # never given to other weights
+NAME = "sd3-tiny-5"  # never given to other weights
 FILE = Path(__file__).with_name(f"{NAME}.safetensors")
 MODEL_KEY = "sd3_workbench.model"  # in the metadata of the file
 

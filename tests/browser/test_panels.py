@@ -115,6 +115,8 @@ def test_a_run_fills_every_panel_and_shows_the_picture(editor, screenshot):
     sample = report(editor, SAMPLE)
     assert "euler, 3 steps, shift 1" in sample
     assert "took" in sample
+    assert "speed\nmodulation table" in sample
+    assert "not asked for" not in sample  # the hint says what did not act, and why
     assert report(editor, DECODE).startswith(size)
     pictures = "id => app.graph.getNodeById(id).imgs?.length"
     editor.until(lambda: editor.page.evaluate(pictures, PREVIEW) == 1)

@@ -21,6 +21,6 @@ def test_the_example_draws_a_picture(server):
         timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
-    assert "'sampler': 'euler'" in finished.stdout
+    assert "'sampler': 'euler_ancestral'" in finished.stdout
     (name,) = re.findall(r"'filename': '(.+?)'", finished.stdout)
     assert list((server.folder / "output").rglob(name))
