@@ -91,7 +91,8 @@ def test_a_threshold_outside_0_to_1_is_refused(threshold):
 
 
 def settings(**changes):
-    return Settings("two blue squares left of a green star", seed=1, device="cpu", **changes)
+    walk = {"sampler": "euler", "steps": 20} | changes
+    return Settings("two blue squares left of a green star", seed=1, device="cpu", **walk)
 
 
 @pytest.fixture(scope="module")
@@ -160,11 +161,19 @@ def test_the_run_tells_what_acted_and_how_far_it_went():
     told = {gain.name: gain for gain in result.gains}
     assert told["step cache"].active
     assert "of 20 evaluations left out" in told["step cache"].note
+    assert not told["step cache"].note.startswith("0 ")
     assert told["guidance interval"].note.startswith("cfg in ")
     assert not told["fp8"].active
     assert result.record["settings"]["step_cache"] == 0.05
     inactive = {gain.name for gain in plain.gains if not gain.active}
     assert {"step cache", "guidance interval", "fp8"} <= inactive
+
+
+def test_noise_that_is_added_on_the_way_keeps_the_model_asked():
+    """It changes the velocity at each step: an old one would be another picture's."""
+    result = generate(EMBEDDED, settings(step_cache=0.05, sampler="euler_ancestral"))
+    told = {gain.name: gain for gain in result.gains}
+    assert told["step cache"].note == "0 of 20 evaluations left out"
 
 
 def test_off_is_the_run_without_a_cache(embedded):
