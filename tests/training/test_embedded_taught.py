@@ -4,10 +4,10 @@
 
 A LoRA teaches a colour that the world does not have, from 32 pictures beside ordinary ones that
 keep what the model knew; DPO on the checker's own verdicts lifts a category whose prompts it never
-sees.  Neither aim (90 % and at most two points lost; ten points) is reached with sd3-tiny-4: salmon
-came in 87.5 % of pictures and 1.6 points were lost (after 3000 steps 89.1 % and 3.1); counting rose
-from 37.5 to 41.8 % by 77 pairs.  What is short of an aim ends as an expected failure with its
-number.
+sees.  Neither aim (90 % and at most two points lost; ten points) is reached: with sd3-tiny-4 salmon
+came in 87.5 % of pictures and 1.6 of 51.0 points were lost, with sd3-tiny-5 in 82.8 % and 5.2 of
+66.1; counting rose with sd3-tiny-4 from 37.5 to 41.8 % by 77 pairs.  What is short of an aim ends
+as an expected failure with its number.
 """
 
 import json
