@@ -4,10 +4,10 @@
 
 A LoRA teaches a colour that the world does not have, from 32 pictures beside ordinary ones that
 keep what the model knew; DPO on the checker's own verdicts lifts a category whose prompts it never
-sees.  Neither aim (90 % and at most two points lost; ten points) is reached: with sd3-tiny-4 salmon
-came in 87.5 % of pictures and 1.6 of 51.0 points were lost, with sd3-tiny-5 in 82.8 % and 5.2 of
-66.1; counting rose with sd3-tiny-4 from 37.5 to 41.8 % by 77 pairs.  What is short of an aim ends
-as an expected failure with its number.
+sees.  The aims are 90 % with at most two points lost, and ten points.  With sd3-tiny-5 salmon comes
+in 92.2 % of pictures and 6.2 of 66.1 points are lost (beside 512 ordinary pictures instead of 2048:
+82.8 % and 5.2); counting rose with sd3-tiny-4 from 37.5 to 41.8 % by 77 pairs.  What is short of an
+aim ends as an expected failure with its number.
 """
 
 import json
@@ -41,7 +41,7 @@ NEW, NEW_RGB = "salmon", torch.tensor([0.95, 0.55, 0.45])
 STAND_IN = "red"  # whose place the new colour takes in rendered pictures
 NEAR = 0.15  # RGB distance that still is the new colour; the nearest known ones are 0.3 away
 PICTURES = 32
-ORDINARY = 512  # pictures of the world as it is
+ORDINARY = 2048  # pictures of the world as it is
 CATEGORY = "counting"  # what DPO is to lift
 SETTINGS = Settings(prompt="", device="cpu", dtype="fp32")
 
