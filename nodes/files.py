@@ -74,15 +74,11 @@ def _not_found(folder: str, name: str, same: list[str], names: list[str]) -> str
         return f"{name} is there {len(same)} times in {folder}: {', '.join(same)}. Name one."
     bases = {base(other): other for other in names}
     near = [bases[match] for match in difflib.get_close_matches(base(name), bases, n=3, cutoff=0.5)]
-    hint = f"Did you mean {' or '.join(near)}?" if near else _count(names)
+    hint = f"Did you mean {' or '.join(near)}?" if near else f"Usable files there: {len(names)}."
     return (
         f"{name} is not in ComfyUI's folder {folder} as a .safetensors file. {hint} Put the file "
         f"there (models/{folder}) and press R to reload the lists."
     )
-
-
-def _count(names: list[str]) -> str:
-    return f"It has {len(names)} usable file{'' if len(names) == 1 else 's'}."
 
 
 def name_fault(folder: str, name: Any, *besides: str) -> str | None:

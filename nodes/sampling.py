@@ -24,9 +24,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..sd3_core.guidance import SkipLayers, check_layers, skip_layer_guidance
-from ..sd3_core.noise import noise
+from ..sd3_core.noise import FreshNoise, noise
 from ..sd3_core.presets import MEGAPIXEL
-from ..sd3_core.samplers import SAMPLERS
+from ..sd3_core.samplers import SAMPLERS, Fresh
 from ..sd3_core.schedule import (
     ALWAYS,
     SCHEDULERS,
@@ -237,15 +237,17 @@ def walk(
     def velocity(x: Tensor, sigma: Tensor) -> Tensor:
         return (x - model(x, sigma, **extra_args)) / per_image(sigma, x)
 
-    draw_noise = default_noise_sampler(x, seed=extra_args.get("seed"))  # KSampler's, on its device
+    fresh = fresh_noise(x, extra_args["seed"])
     with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
-        return SAMPLERS[name](
-            velocity,
-            x,
-            sigmas,
-            step_reporter(callback, dtype, bar),
-            lambda x: draw_noise(None, None),
-        )
+        return SAMPLERS[name](velocity, x, sigmas, step_reporter(callback, dtype, bar), fresh)
+
+
+def fresh_noise(x: Tensor, seed: int) -> Fresh:
+    """The noise that KSampler's samplers add on the way, which on a GPU is drawn there."""
+    if x.device.type == "cpu":
+        return FreshNoise([seed])  # theirs knows none after the largest seed
+    draw_noise = default_noise_sampler(x, seed=seed)
+    return lambda x: draw_noise(None, None)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Noise: the same seed gives the same picture, here and in ComfyUI, on every device."""
+"""Starting noise: the same seed gives the same picture, here and in ComfyUI, on every device.
+
+Noise that is added on the way is the same on every device here, in ComfyUI on its CPU only.
+"""
 
 from collections.abc import Sequence
 
@@ -39,8 +42,8 @@ def noise_per_image(shape: Sequence[int], seeds: Sequence[int]) -> Tensor:
 class FreshNoise:
     """The noise that a sampler adds on the way: another at each call, the same in each run.
 
-    seeds: one for the whole batch, or one for each picture.  As ComfyUI does on a CPU, it is drawn
-    from the seed after the one that the run starts with, and on the CPU for every device.
+    seeds: one for the whole batch, or one for each picture.  As in ComfyUI on a CPU, it is drawn
+    from the seed after the one that the run starts with, here on the CPU for every device.
     """
 
     def __init__(self, seeds: Sequence[int]):

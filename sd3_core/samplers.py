@@ -5,10 +5,11 @@ Every sampler is `sampler(velocity, x, sigmas, on_step, fresh) -> x0`:
     x         [B, C, H, W], the latent at noise level sigmas[0]
     sigmas    [n + 1], falling, see Schedule.sigmas
     on_step   called after each step with a `Step`; what it raises stops the run
-    fresh     gives the noise that is added on the way; only euler_ancestral asks for it
+    fresh     gives the noise that is added on the way: euler_ancestral alone asks for it, all take
+              it, so that a caller need not know which one it has
 and returns the latent at sigmas[-1], which is x0 when the schedule ends at 0.  The state is float32
 whatever the network computes in, for small steps on a large latent vanish in half precision.
-No random numbers of its own, no gradient switches: both are the caller's.
+No global random state, no gradient switches: both are the caller's.
 """
 
 import math

@@ -48,6 +48,13 @@ def test_sample_ksampler_and_the_native_model_agree(our_model, their_model, cond
     torch.testing.assert_close(sample(their_model, *prompts, sampler=sampler), ours, **TOLERANCE)
 
 
+@pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
+def test_the_largest_seed_is_one(our_model, conditioning, sampler):
+    latent = {"samples": torch.zeros(1, 16, 16, 12)}
+    arguments = (our_model, conditioning(1), conditioning(2), latent, schedule(), 2**64 - 1, 3.0)
+    assert SD3Sample.execute(*arguments, sampler).args[0]["samples"].isfinite().all()
+
+
 @pytest.mark.parametrize("scheduler", ["normal", "simple", "sgm_uniform", "beta"])
 def test_the_schedule_is_ksamplers(our_model, scheduler):
     theirs = comfy.samplers.calculate_sigmas(

@@ -76,15 +76,12 @@ def small_pictures(count: int) -> tuple[Numbers, ...]:
 
 def large_pictures(count: int) -> tuple[Numbers, ...]:
     """Mostly squares, some of them with one thing only; a tenth of each of two other aspects."""
-    singles, other = 2 * count // 5, count // 10
-    return tuple(
-        Numbers(size, range(begin, begin + length), share, kinds)
-        for size, begin, length, share, kinds in (
-            (LARGE, 0, count, 0.5, KINDS),
-            (LARGE, count, singles, 0.3, {"single": 1.0}),
-            ((128, 96), count + singles, other, 0.1, KINDS),
-            ((96, 128), count + singles + other, other, 0.1, KINDS),
-        )
+    wide, tall = 7 * count // 5, 3 * count // 2  # where these two begin
+    return (
+        Numbers(LARGE, range(count), 0.5),
+        Numbers(LARGE, range(count, wide), 0.3, {"single": 1.0}),
+        Numbers((128, 96), range(wide, tall), 0.1),
+        Numbers((96, 128), range(tall, 8 * count // 5), 0.1),
     )
 
 
