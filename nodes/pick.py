@@ -167,10 +167,9 @@ def add_candidates(
     arms: tuple[str, str],
     prompt: str,
     seed: int | None,
-    model: str,
+    models: tuple[str, str],
 ) -> list[Group]:
     """Raises NodeError and PickRefused for pictures that cannot be compared."""
-    about = {"seed": seed, "model": model}
     own = [png(pixels) for pixels in images]
     if rivals is None:
         if len(own) < 2:
@@ -179,7 +178,8 @@ def add_candidates(
                 "one picture is no choice: draw a batch of 2 to 4 for the prompt, or connect "
                 "images_b to compare two settings.",
             )
-        return [picks.add(prompt, group, **about) for group in grouped(different(own))]
+        sets = grouped(different(own))
+        return [picks.add(prompt, one, seed=seed, model=models[0]) for one in sets]
     if len(own) != len(rivals):
         raise NodeError(
             "bad_setting",
@@ -191,7 +191,15 @@ def add_candidates(
             "bad_setting", f"label_a and label_b are both {arms[0]!r}; name them apart."
         )
     pairs = zip(own, map(png, rivals), strict=True)
-    return [picks.add(prompt, pair, arms=arms, **about) for pair in pairs]
+    drawn_by = {"models": models} if models[0] != models[1] else {"model": models[0]}
+    return [picks.add(prompt, pair, arms=arms, seed=seed, **drawn_by) for pair in pairs]
+
+
+def named(model: Any) -> str:
+    """The file of a MODEL and the LoRAs on it: "medium.safetensors + mine.safetensors 0.8"."""
+    origin = origin_of(model)
+    loras = [f"{lora['file']} {lora['strength']:g}" for lora in origin.loras]
+    return " + ".join([origin.files.get("mmdit", {}).get("file", ""), *loras])
 
 
 def check_judged(judge: str, prompt: str) -> None:
@@ -287,7 +295,8 @@ class SD3Pick(io.ComfyNode):
                             io.Model.Input(
                                 "model",
                                 optional=True,
-                                tooltip="What drew them; its file is stored with the picks.",
+                                tooltip="What drew them; its file and its LoRAs are stored with "
+                                "the picks.",
                             ),
                             io.Combo.Input(
                                 "judge",
@@ -297,6 +306,11 @@ class SD3Pick(io.ComfyNode):
                                 tooltip="checker: the embedded model's own votes at once, what is "
                                 "as asked before what is not, all alike a tie. Only for prompts "
                                 "of its world.",
+                            ),
+                            io.Model.Input(
+                                "model_b",
+                                optional=True,
+                                tooltip="What drew images_b, where it is not model.",
                             ),
                         ]
                     ),
@@ -326,13 +340,15 @@ class SD3Pick(io.ComfyNode):
         seed: int | None = None,
         model: Any = None,
         judge: str = ME,
+        model_b: Any = None,
     ) -> io.NodeOutput:
         check_judged(judge, prompt)
         with coded("bad_setting"):
             picks = Picks(pick_folder(pick_name))
-            file = "" if model is None else origin_of(model).files.get("mmdit", {}).get("file", "")
+            first = "" if model is None else named(model)
+            models = (first, first if model_b is None else named(model_b))
             arms = (label_a.strip(), label_b.strip())
-            groups = add_candidates(picks, images, images_b, arms, prompt.strip(), seed, file)
+            groups = add_candidates(picks, images, images_b, arms, prompt.strip(), seed, models)
             if judge == CHECKER:
                 let_checker_vote(picks, groups)
         shown = state(picks)

@@ -743,5 +743,6 @@ def blind_comparison(graph: Graph) -> None:
         label_a="cfg 3",
         label_b="cfg 1",
         seed=seed,
+        model=load["MODEL"],
     )
     graph.node("SaveImage", images=voted["IMAGE"], filename_prefix=f"sd3/{graph.name}")

@@ -39,7 +39,11 @@ class PickRefused(ValueError):
 
 @dataclass(frozen=True)
 class Group:
-    """Candidates for one prompt.  arms: in a blind comparison, which setting drew each."""
+    """Candidates for one prompt.
+
+    arms: in a blind comparison, which setting drew each.  models: which model drew each, where the
+    arms have a model each; else `model` drew them all.
+    """
 
     id: str
     prompt: str
@@ -48,6 +52,7 @@ class Group:
     seed: int | None = None
     model: str = ""
     time: str = ""
+    models: tuple[str, ...] = ()
 
     @property
     def is_equal(self) -> bool:
@@ -117,6 +122,7 @@ class Picks:
         arms: Sequence[str] = (),
         seed: int | None = None,
         model: str = "",
+        models: Sequence[str] = (),
     ) -> Group:
         """Put candidates (PNG files' bytes) into the backlog; the same ones are not put twice.
 
@@ -137,6 +143,7 @@ class Picks:
             seed,
             model,
             self._now(),
+            tuple(models),
         )
         for name, data in zip(names, pictures, strict=True):
             path = self.folder / PICTURES / name
@@ -202,7 +209,8 @@ class Picks:
             if best or worst:
                 raise PickRefused(f"{verdict} and a best or worst picture: give one of them.")
             paths = [f"{PICTURES}/{picture}" for picture in group.pictures]
-            return [{verdict: paths, **({"arms": list(group.arms)} if group.arms else {})}]
+            drawn_by = {"arms": list(group.arms), "models": list(group.models)}
+            return [{verdict: paths, **{name: each for name, each in drawn_by.items() if each}}]
         if verdict:
             raise PickRefused(f"verdict is {verdict!r}; choose tie or skip, or name the best.")
         for picture in filter(None, (best, worst)):
@@ -217,11 +225,15 @@ class Picks:
 
     @staticmethod
     def _pair(group: Group, chosen: str, rejected: str) -> dict[str, Any]:
-        line = {"chosen": f"{PICTURES}/{chosen}", "rejected": f"{PICTURES}/{rejected}"}
-        if not group.arms:
-            return line
-        arm = dict(zip(group.pictures, group.arms, strict=True))
-        return {**line, "arms": [arm[chosen], arm[rejected]]}
+        line: dict[str, Any] = {
+            "chosen": f"{PICTURES}/{chosen}",
+            "rejected": f"{PICTURES}/{rejected}",
+        }
+        for name, each in (("arms", group.arms), ("models", group.models)):
+            if each:
+                of = dict(zip(group.pictures, each, strict=True))
+                line[name] = [of[chosen], of[rejected]]
+        return line
 
     def undo(self) -> str:
         """Take back the newest vote that stands; returns its group.  Raises PickRefused."""
@@ -323,4 +335,5 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 def _group(line: Mapping[str, Any]) -> Group:
     known = {name: line[name] for name in Group.__dataclass_fields__ if name in line}
     group = Group(**known)
-    return replace(group, pictures=tuple(group.pictures), arms=tuple(group.arms))
+    lists = {name: tuple(getattr(group, name)) for name in ("pictures", "arms", "models")}
+    return replace(group, **lists)

@@ -10,6 +10,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from sd3_pack.nodes import pick
 from sd3_pack.nodes.errors import NodeError
 from sd3_pack.nodes.pick import SD3Pick
+from sd3_pack.nodes.wires import ATTACHMENT, Origin
 from sd3_pack.sd3_core.embedded.captions import short_caption
 from sd3_pack.sd3_core.embedded.render import draw
 from sd3_pack.sd3_core.embedded.scenes import scenes
@@ -106,6 +107,26 @@ def test_a_comparison_is_told_at_its_end_or_when_asked_for():
     _, seen = send({"group": seen["group"]["id"], "verdict": "tie"})
     assert seen["comparison"]["ties"] == 1
     assert not seen["hidden"]
+
+
+def test_what_drew_each_side_is_stored_with_its_loras(output):
+    class Model:
+        def __init__(self, *loras):
+            origin = Origin(files={"mmdit": {"file": "base.safetensors"}}, loras=loras)
+            self.attachments = {ATTACHMENT: origin}
+
+    plain, taught = Model(), Model({"file": "mine.safetensors", "strength": 0.8})
+    SD3Pick.execute(images(2), "one", "x", model=taught)
+    SD3Pick.execute(images(1), "two", "x", images(1, seed=1), model=plain, model_b=taught)
+    SD3Pick.execute(images(1), "three", "x", images(1, seed=1), model=plain)
+    one, two, three = (
+        next(iter(Picks(output / "sd3_picks" / name).groups().values()))
+        for name in ("one", "two", "three")
+    )
+    named = "base.safetensors + mine.safetensors 0.8"
+    assert (one.model, one.models) == (named, ())
+    assert (two.model, two.models) == ("", ("base.safetensors", named))
+    assert (three.model, three.models) == ("base.safetensors", ())
 
 
 @pytest.fixture

@@ -49,6 +49,18 @@ def test_a_pick_of_two_is_one_pair(picks):
     assert line["time"].startswith("2023-11-1")
 
 
+def test_each_arms_model_stands_beside_the_vote(picks):
+    made = {"arms": ("old", "new"), "models": ("base", "base + mine 0.8")}
+    red, blue = picks.add("x", [RED, BLUE], **made).pictures
+    group, other = picks.add("y", [RED, BLUE], **made), picks.add("z", [RED, BLUE], **made)
+    picks.vote(group.id, best=blue)
+    picks.vote(other.id, verdict="tie")
+    won, tie = (json.loads(text) for text in (picks.folder / "preferences.jsonl").open())
+    assert (won["arms"], won["models"]) == (["new", "old"], ["base + mine 0.8", "base"])
+    assert (tie["arms"], tie["models"]) == (["old", "new"], ["base", "base + mine 0.8"])
+    assert (blue, red) in pairs(picks)
+
+
 @pytest.mark.parametrize(("worst", "count"), [(3, 5), (None, 3)])
 def test_best_and_worst_of_four_are_all_the_pairs_they_decide(picks, worst, count):
     group = picks.add("x", [RED, GREEN, BLUE, WHITE])
