@@ -5,8 +5,10 @@ in one that is registered as `datasets`.
 """
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from ..sd3_core.training.report import some_names
 from ._compat import advanced, schema
 from .comfy_text import tokenizer_files
 from .errors import NodeError, coded
+from .text import is_changed
 from .wires import CATEGORY, describe_file, origin_of, report
 
 DATASET, PREFERENCES = "SD3_DATASET", "SD3_PREFERENCES"
@@ -53,11 +56,15 @@ def find_data(name: str) -> Path:
     """The folder (or .jsonl file) of this name below one of the roots.  Raises NodeError."""
     wanted = name.strip().replace("\\", "/")
     roots = data_roots()
-    if wanted:
-        for root in roots:
-            path = (root / wanted).resolve()  # an absolute name stays what it is
-            inside = path != root and any(root in path.parents for root in roots)
-            if inside and (path.is_dir() or (path.suffix == ".jsonl" and path.is_file())):
+
+    def is_inside(path: Path) -> bool:
+        return path != root and any(one in path.parents for one in roots)
+
+    for root in roots if wanted else ():
+        # An absolute name stays what it is.  As text first: to look at //host/share asks that host.
+        path = Path(os.path.normpath(root / wanted))
+        with suppress(OSError, ValueError):  # a name that no file can have
+            if is_inside(path) and is_inside(path := path.resolve()) and is_data(path):
                 return path
     places = ", ".join(str(root) for root in roots)
     raise NodeError(
@@ -65,6 +72,10 @@ def find_data(name: str) -> Path:
         f"folder is {name!r}; there is no such folder in {places}. Copy the pictures there, or "
         "register their place as `datasets` in extra_model_paths.yaml.",
     )
+
+
+def is_data(path: Path) -> bool:
+    return path.is_dir() or (path.suffix == ".jsonl" and path.is_file())
 
 
 def data_fingerprint(name: str) -> str:
@@ -93,7 +104,7 @@ def folder_fault(name: str) -> bool | str:
 def encoder_files(clip: Any, vae: Any) -> dict[str, Path]:
     """The files behind CLIP and VAE, which training reads by itself.
 
-    Raises NodeError for what our loaders did not make, and for a CLIP that a LoRA has changed.
+    Raises NodeError for what our loaders did not make, and for a CLIP that was changed since.
     """
     files: dict[str, Path] = {}
     given = {"CLIP": (clip, "SD3 Load Text Encoders"), "VAE": (vae, "SD3 Load VAE")}
@@ -115,6 +126,12 @@ def encoder_files(clip: Any, vae: Any) -> dict[str, Path]:
                 f"would learn from other words. Connect the {title} as it was loaded.",
             )
         files |= origin.paths
+    if is_changed(clip):
+        raise NodeError(
+            "wrong_encoders",
+            "this CLIP is changed (CLIP Set Last Layer, a hook or a schedule), which training "
+            "cannot carry: it would learn from other words. Connect the CLIP as it was loaded.",
+        )
     return files
 
 
@@ -127,17 +144,18 @@ def tokenizer_file(files: dict[str, Path]) -> Path | None:
 
 
 def keep_pictures(images: Mapping[str, Tensor], captions: Sequence[str]) -> Path:
-    """Write IMAGEs [B, H, W, 3] with their captions as a folder in ComfyUI's temporary folder.
+    """Write IMAGEs [B, H, W, 3] with their captions as a folder beside the runs.
 
     images: by the folder inside it that they go to; "": the folder itself.  8 bits, as SaveImage
-    keeps them; the folder is named by its content.
+    keeps them; the folder is named by its content.  Not in ComfyUI's temporary folder, which is
+    emptied when it starts: a run must be able to go on.
     """
     levels = {side: as_levels(batch) for side, batch in images.items()}
     content = hashlib.sha256(repr(list(captions)).encode())
     for side, batch in levels.items():
         content.update(repr((side, batch.shape)).encode() + batch.tobytes())
     digest = content.hexdigest()[:16]
-    home = Path(folder_paths.get_temp_directory()) / "sd3_pictures"
+    home = Path(folder_paths.get_output_directory()) / "sd3" / ".pictures"
     folder = home / digest
     if folder.exists():
         return folder

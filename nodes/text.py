@@ -139,8 +139,24 @@ def look_up_or_encode(
 
 def hash_of(clip: Any, words: Words, use: list[str]) -> str | None:
     """Of all that decides the conditioning; None where a patch, hook or embedding has a say too."""
-    model, patcher, files = clip.cond_stage_model, clip.patcher, origin_of(clip.patcher).files
-    changed = (
+    model, files = clip.cond_stage_model, origin_of(clip.patcher).files
+    rows = [row for key in KEYS.values() for row in words.tokens[key]]
+    embedded = not all(isinstance(token, int) for row in rows for token, _ in row)
+    if is_changed(clip) or embedded or not files or not isinstance(model, SD3TextModel):
+        return None
+    encoders = {
+        kind: [files[kind]["fingerprint"], str(getattr(model, MODULES[kind]).transformer.dtype)]
+        for kind in present(clip)
+    }
+    shape = asdict(Shape.of(model))
+    deciding = [encoders, clip.patcher.load_device.type, shape, use, words.counts, words.tokens]
+    return hashlib.sha256(json.dumps(["comfyui", deciding]).encode()).hexdigest()
+
+
+def is_changed(clip: Any) -> bool:
+    """Whether patches, hooks, a schedule or another last layer have a say, beside the files."""
+    patcher = clip.patcher
+    return bool(
         patcher.patches
         or patcher.object_patches.keys() - {"manual_cast_dtype"}  # which every CLIP has
         or patcher.forced_hooks
@@ -148,17 +164,6 @@ def hash_of(clip: Any, words: Words, use: list[str]) -> str | None:
         or clip.use_clip_schedule
         or clip.layer_idx is not None
     )
-    rows = [row for key in KEYS.values() for row in words.tokens[key]]
-    embedded = not all(isinstance(token, int) for row in rows for token, _ in row)
-    if changed or embedded or not files or not isinstance(model, SD3TextModel):
-        return None
-    encoders = {
-        kind: [files[kind]["fingerprint"], str(getattr(model, MODULES[kind]).transformer.dtype)]
-        for kind in present(clip)
-    }
-    shape = asdict(Shape.of(model))
-    deciding = [encoders, patcher.load_device.type, shape, use, words.counts, words.tokens]
-    return hashlib.sha256(json.dumps(["comfyui", deciding]).encode()).hexdigest()
 
 
 def encode(clip: Any, words: Words, use: list[str]) -> list[list[Any]]:

@@ -5,7 +5,7 @@ steps extend it; any other change is refused with the list of what differs.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from ..sd3_core.training.folders import list_pictures
 from ..sd3_core.training.loop import Outcome
 from ..sd3_core.training.objectives import RectifiedFlow
 from ..sd3_core.training.preferences import list_pairs
-from ..sd3_core.training.run import RunRefused, run_folder
+from ..sd3_core.training.run import RunRefused, read_log, run_folder
 from ..sd3_core.training.trainer import train
 from ._compat import advanced, schema
 from .datasets import DATASET, PREFERENCES, TrainingData, tokenizer_file
@@ -66,6 +66,7 @@ ELSEWHERE = {
     "sample_prompts": "the input sample_prompt",
 }
 UNSET = {"resolution": 0, "lora_alpha": 0.0}  # what stands for None in a widget
+MOST_SAMPLES = 64  # pictures in one IMAGE, which holds 12 MB for each of 1024 x 1024
 SELDOM = 10**6  # steps between sample pictures: before the first step and after the last
 
 
@@ -256,6 +257,7 @@ def plan_run(
     return make_config(
         {
             "save_dtype": "fp32",  # what leaves the node is rounded once, by what saves it
+            **({"weight_decay": 0.0} if method == "dpo" else {}),  # the reference draws back enough
             **settings,
             **density_settings(density, base.shift),
             **file_settings(data, base.path),
@@ -322,18 +324,19 @@ def result(
     found = match(tensors, model, None)
     check_match(found, product)
     trained, _ = patched(model, None, found, product, 1.0)
-    lines = log_lines(outcome.folder)
+    lines = read_log(outcome.folder)
     losses = [line["loss"] for line in lines if "loss" in line]
     preference = newest_numbers(lines)
     if preference:
         listener.on_note(f"at step {preference['step']} {spoken(preference)}")
     samples = sample_files(outcome.folder / "samples")
     curve = opened(outcome.folder / "curve.png")
-    images = as_images([opened(path) for path in samples]) if samples else as_images([curve])
+    some = spread(samples, MOST_SAMPLES)
+    images = as_images([opened(path) for path in some]) if samples else as_images([curve])
     contents = {
         "run": outcome.folder.name,
         "steps": outcome.step,
-        "loss": losses[-1],
+        "loss": losses[-1] if losses else None,
         "lora": describe_file(product),
         "base_loras": base.loras,
         "stopped": outcome.stopped,
@@ -349,10 +352,10 @@ def result(
     )
 
 
-def log_lines(folder: Path) -> list[dict[str, Any]]:
-    """A run's log: its steps and its measurements."""
-    texts = (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(text) for text in texts]
+def spread(paths: Sequence[Path], most: int) -> list[Path]:
+    """At most so many, evenly, with the last one."""
+    every = max(1, -(-len(paths) // most))
+    return list(paths[::-1][::every][::-1])
 
 
 # Nodes
@@ -419,7 +422,7 @@ def rare_inputs(pairs: bool) -> list[Any]:
     return [
         io.Int.Input(
             "accumulation",
-            default=1,
+            default=16 if pairs else 1,
             min=1,
             max=4096,
             optional=True,
@@ -449,7 +452,7 @@ def rare_inputs(pairs: bool) -> list[Any]:
         ),
         io.Int.Input(
             "warmup",
-            default=100,
+            default=50 if pairs else 100,
             min=0,
             max=10**6,
             optional=True,

@@ -36,9 +36,13 @@ def save_tensors(
     )
 
 
-def save_bytes(path: str | Path, data: bytes) -> Path:
-    """Write any other file in the same manner."""
-    return _replace(Path(path), lambda file: file.write(data))
+def save_bytes(path: str | Path, data: bytes, *, aside: bool = True) -> Path:
+    """Write any other file in the same manner.
+
+    aside: False where nobody would find it under another name; an old file that cannot be replaced
+    is then a CheckpointError.
+    """
+    return _replace(Path(path), lambda file: file.write(data), aside)
 
 
 def export_checkpoint(
@@ -83,14 +87,14 @@ def _quantisation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return notes
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], object]) -> Path:
+def _replace(path: Path, write: Callable[[BinaryIO], object], aside: bool = True) -> Path:
     try:
         with _temporary(path) as temporary:
             with temporary.open("xb") as file:
                 write(file)
                 file.flush()
                 os.fsync(file.fileno())
-            return _move(temporary, path)
+            return _move(temporary, path, aside)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}.") from error
 
@@ -128,11 +132,11 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str,
         file.write(stored.view(torch.uint8).numpy().data)
 
 
-def _move(temporary: Path, path: Path) -> Path:
+def _move(temporary: Path, path: Path, aside: bool) -> Path:
     try:
         os.replace(temporary, path)
     except OSError:
-        if not path.is_file():
+        if not aside or not path.is_file():
             raise
         sibling = _free_name(path)
         os.replace(temporary, sibling)

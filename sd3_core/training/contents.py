@@ -60,7 +60,7 @@ def write_contents(
     stored = {
         name: {"identity": identity[name], "items": dict(items)} for name, items in contents.items()
     }
-    save_bytes(path, json.dumps(stored, ensure_ascii=False).encode())
+    save_bytes(path, json.dumps(stored, ensure_ascii=False).encode(), aside=False)
 
 
 def read_contents(path: Path, identity: Mapping[str, Any]) -> dict[str, Contents]:

@@ -6,6 +6,7 @@ the reference, which is the same network with the LoRA switched off.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 from .. import lora
 from ..conditioning import Conditioning
 from .batches import Batch, Batches, stacked_masks
+from .config import TrainConfig
 from .dataset import Item
 from .flow import FlowTask
 from .loop import Losses
@@ -32,6 +34,11 @@ class DPOTask(FlowTask):
 
     The dataset's items are winners, each with its loser; `adapters` are always there.
     """
+
+    @cached_property
+    def references(self) -> dict[int, PairErrors]:
+        """The reference's errors of the held pairs measured so far, by their number."""
+        return {}
 
     def loss(self, step: int, rows: range, size: int) -> Losses:
         winner, loser = pairs(self.batches, step, rows, size)
@@ -78,9 +85,10 @@ class DPOTask(FlowTask):
         for number, item in enumerate(self.held):
             if number % world.size != world.rank:
                 continue
-            with lora.disabled(self.model):
-                reference = self.held_errors(number, item)
-            seen = self.preference(self.held_errors(number, item), reference)
+            if number not in self.references:  # the same at every measurement
+                with lora.disabled(self.model):
+                    self.references[number] = self.held_errors(number, item)
+            seen = self.preference(self.held_errors(number, item), self.references[number])
             totals += torch.stack([getattr(seen, name).mean() for name in names])
         world.add([totals])
         return dict(zip(names, (totals / len(self.held)).tolist(), strict=True))
@@ -103,37 +111,41 @@ class DPOTask(FlowTask):
         return PairErrors(side(item), side(loser_of(item)))
 
     def verdict(self, lines: Sequence[Mapping[str, Any]]) -> str:
-        """Ends a run whose winners get worse, measurement after measurement.
-
-        Both errors rising while the margin grows is how DPO fails: the preference is followed by
-        spoiling the loser more than the winner.
-        """
-        patience = self.config.dpo_patience
-        measured = [line for line in lines if GAP in line]
-        gaps = [line[GAP] for line in measured[-patience:]]
-        if not patience or len(gaps) < patience or min(gaps) <= 0 or gaps[-1] < max(gaps):
-            return ""
-        kept = [line for line in measured if winners_kept(line[GAP])]
-        best = min(kept, key=lambda line: line["validation_loss"])["step"] if kept else 0
-        advice = (
-            f"The LoRA given out is that of step {best}, the best one before that"
-            if best
-            else "No measured state is better than the untrained network; the LoRA given out is "
-            "the last one, for inspection only"
-        )
-        anchor = 0.1 * self.config.dpo_beta / 4
-        return (
-            f"stopped at step {measured[-1]['step']}: in the last {patience} measurements the "
-            f"chosen pictures' error lay above the untrained network's and rose to {gaps[-1]:+.3g},"
-            f" so the preference is being followed by making both pictures worse. {advice}. For "
-            "the next run (another run_name) lower learning_rate, raise dpo_beta, or set "
-            f"dpo_sft_weight = {anchor:g}."
-        )
+        return spoilt(lines, self.config)
 
     def acceptable(self, measured: Mapping[str, float]) -> bool:
         """The loss alone would choose the most spoiled state: it falls as long as the loser gets
         worse faster than the winner."""
         return winners_kept(measured["winner_gap"])
+
+
+def spoilt(lines: Sequence[Mapping[str, Any]], config: TrainConfig) -> str:
+    """Why a run ends whose winners get worse, measurement after measurement; empty: they do not.
+
+    Both errors rising while the margin grows is how DPO fails: the preference is followed by
+    spoiling the loser more than the winner.
+    """
+    patience = config.dpo_patience
+    measured = [line for line in lines if GAP in line]
+    gaps = [line[GAP] for line in measured[-patience:]]
+    if not patience or len(gaps) < patience or min(gaps) <= 0 or gaps[-1] < max(gaps):
+        return ""
+    kept = [line for line in measured if winners_kept(line[GAP])]
+    best = min(kept, key=lambda line: line["validation_loss"])["step"] if kept else 0
+    advice = (
+        f"The LoRA given out is that of step {best}, the best one before that"
+        if best
+        else "No measured state is better than the untrained network; the LoRA given out is "
+        "the last one, for inspection only"
+    )
+    anchor = 0.1 * config.dpo_beta / 4
+    return (
+        f"stopped at step {measured[-1]['step']}: in the last {patience} measurements the "
+        f"chosen pictures' error lay above the untrained network's and rose to {gaps[-1]:+.3g},"
+        f" so the preference is being followed by making both pictures worse. {advice}. For "
+        "the next run (another run_name) lower learning_rate, raise dpo_beta, or set "
+        f"dpo_sft_weight = {anchor:g}."
+    )
 
 
 def spoken(numbers: Mapping[str, float]) -> str:

@@ -3,7 +3,7 @@
 It knows nothing of pictures: a `Task` says what is trained and what a sample costs.  All that a
 step depends on is in the saved state: what is trained, the optimiser's memory, the averaged
 weights and the number of the step.  Every random number belongs to the step and the sample that it
-serves (see draws.py), so a resumed run is the unbroken one, bit for bit on the same machine.
+serves (see batches.py), so a resumed run is the unbroken one, bit for bit on the same machine.
 """
 
 import math
@@ -28,6 +28,7 @@ from .optimizers import Parameters, learning_rate, swapped
 from .run import Run
 
 TIMED_STEPS = 2  # the first one also warms up; after which the remaining time is told
+FORETOLD = 50  # passes; of a shorter run nobody asks how long it takes
 STOPPED = "-stopped"  # name of the product of a run that has not come to its end
 
 
@@ -142,7 +143,8 @@ def fit(
     with session.saved_at_the_end(), stop_signals() as asked_to_stop:
         if not learner.looked:
             session.look()
-        while learner.step < config.steps and not session.ended(verdict):
+        session.foretell()
+        while not session.ended(verdict) and learner.step < config.steps:
             progress, stop = session.advance(asked_to_stop())
             if world.first:
                 on_step(progress)
@@ -187,6 +189,7 @@ class Session:
         # of the newest saved state: its step, and whether that step was looked at
         self.saved = (learner.step, learner.looked) if run.states() else (-1, False)
         self.durations: list[float] = []  # seconds, of this session's steps
+        self.measuring = 0.0  # seconds that the last measurement took
         self.stopped = ""  # the verdict that ended it
 
     def advance(self, stop: bool) -> tuple[Progress, bool]:
@@ -236,7 +239,33 @@ class Session:
         if len(self.durations) < TIMED_STEPS:
             return None
         recent = self.durations[1:][-50:]
-        return sum(recent) / len(recent) * (self.config.steps - self.learner.step)
+        return self._seconds(sum(recent) / len(recent))
+
+    def _seconds(self, step: float) -> float:
+        """Of the rest of the run, by those of a step; what is measured on the way included."""
+        steps, every = self.config.steps, self.config.validate_every
+        done = self.learner.step
+        # A step is told before it is looked at.
+        looks = -(-steps // every) - max(done - 1, 0) // every if every else 0
+        return step * (steps - done) + self.measuring * looks
+
+    def foretell(self) -> None:
+        """Say before the first step how long it will take, by two passes that change nothing."""
+        config, learner = self.config, self.learner
+        left = config.steps - learner.step
+        if left * config.accumulation < FORETOLD:
+            return
+        seconds = 0.0
+        for _ in range(TIMED_STEPS):  # the first one warms up
+            begin = time.perf_counter()
+            losses = self.task.loss(learner.step, range(config.batch_size), config.batch_size)
+            losses.each.sum().backward()
+            gradients = [_gradient(parameter) for parameter in learner.parameters.values()]
+            float(gradients[-1].sum())  # waits for the device
+            seconds = time.perf_counter() - begin
+        learner.optimizer.zero_grad(set_to_none=True)
+        about = spoken_time(self._seconds(seconds * config.accumulation))
+        self.say(f"time: about {about} for {left} steps")
 
     def _tell_time(self, progress: Progress) -> None:
         if len(self.durations) == TIMED_STEPS and progress.seconds_left:
@@ -244,7 +273,10 @@ class Session:
             self.say(f"{left} steps left, about {spoken_time(progress.seconds_left)}")
 
     def ended(self, verdict: Verdict) -> bool:
-        """Whether to end now; asked at the start, and where something was measured."""
+        """Whether to end now; asked at the start, and where something was measured.
+
+        After the last step, too: it says which product is good.
+        """
         if self.durations and not self._due(self.config.validate_every):
             return False
         if self.world.first:
@@ -254,7 +286,7 @@ class Session:
     def look(self) -> None:
         """What is due at this step: measure, draw, export, save; in this order, so that whatever
         a killed process lost comes again."""
-        step, config = self.learner.step, self.config
+        step, config, begin = self.learner.step, self.config, time.perf_counter()
         improved = self._validate() if self._due(config.validate_every) else False
         if self.world.first and self._due(config.sample_every):
             with swapped(self.learner.parameters, self.learner.average):
@@ -266,6 +298,8 @@ class Session:
         self.learner.looked = True
         if step and (improved or self._due(config.checkpoint_every)):
             self.save()
+        if self._due(config.validate_every):
+            self.measuring = time.perf_counter() - begin
 
     def _due(self, every: int) -> bool:
         step = self.learner.step

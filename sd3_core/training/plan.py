@@ -13,7 +13,6 @@ from torch import Tensor
 
 from ..models.mmdit import MMDiT, MMDiTConfig
 from .config import TrainConfig
-from .loop import TIMED_STEPS
 from .optimizers import matrices_in
 from .report import counted
 
@@ -71,7 +70,6 @@ class TrainPlan:
             f"{self.global_batch} samples each: {self.epochs:.1f} epochs in all",
             f"memory: about {_gib(size.total)}{found} (network {_gib(size.weights)}, training "
             f"state {_gib(size.trained)}, activations {_gib(size.activations)})",
-            f"time: told after {TIMED_STEPS} steps",
         ]
 
 

@@ -16,7 +16,7 @@ import os
 import re
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -31,6 +31,7 @@ from ..errors import CheckpointError
 from .contents import Contents, changes, read_contents, write_contents
 
 FORMAT = 1
+LOG = "log.jsonl"
 LONGEST_NAME = 100
 _STATE = re.compile(r"step-(\d{8})\.safetensors")
 _LEFT_BEHIND = re.compile(r"\..*\.part|.*\.tmp")  # of a process that was killed while writing
@@ -143,7 +144,7 @@ class Run:
             "torch": str(torch.__version__),
         }
         text = json.dumps(config, indent=1, ensure_ascii=False)
-        save_bytes(self.folder / "config.json", text.encode())
+        save_bytes(self.folder / "config.json", text.encode(), aside=False)
 
     def _differences(
         self,
@@ -201,7 +202,8 @@ class Run:
         states = self.states()
         for step in sorted(states)[:-keep]:
             if step != best:
-                states[step].unlink(missing_ok=True)
+                with suppress(OSError):  # Windows, while a program has it open
+                    states[step].unlink(missing_ok=True)
         return path
 
     def newest(self) -> State | None:
@@ -227,19 +229,19 @@ class Run:
         looked: whether this step's own measurements are done; else they come again too.
         """
         self.close_log()
-        path = self.folder / "log.jsonl"
-        lines = _whole_lines(path) if path.exists() else ()
+        path = self.folder / LOG
         self.lines = [
             line
-            for line in lines
+            for line in read_log(self.folder)
             if line["step"] < step or (line["step"] == step and (looked or "loss" in line))
         ]
-        save_bytes(path, "".join(json.dumps(line) + "\n" for line in self.lines).encode())
+        text = "".join(json.dumps(line) + "\n" for line in self.lines)
+        save_bytes(path, text.encode(), aside=False)
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to the log."""
         if self._log is None:
-            self._log = (self.folder / "log.jsonl").open("a", encoding="utf-8", buffering=1)
+            self._log = (self.folder / LOG).open("a", encoding="utf-8", buffering=1)
         self._log.write(json.dumps(line) + "\n")
         self.lines.append(dict(line))
 
@@ -253,14 +255,20 @@ def _number(name: re.Match[str]) -> int:
     return int(name[1])
 
 
-def _whole_lines(path: Path) -> Iterator[dict[str, Any]]:
+def read_log(folder: Path) -> list[dict[str, Any]]:
+    """A run's log: its steps and its measurements.  A line that a crash tore is left out."""
+    path = folder / LOG
+    if not path.exists():
+        return []
+    found = []
     for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             line = json.loads(text)
         except ValueError:
             continue
         if isinstance(line, dict) and isinstance(line.get("step"), int):
-            yield line
+            found.append(line)
+    return found
 
 
 def read_state(path: Path) -> State:

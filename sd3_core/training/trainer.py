@@ -27,14 +27,14 @@ from .cache import Progress as CacheProgress
 from .config import TrainConfig, plain_settings
 from .contents import Contents
 from .distributed import World, find_world, joined
-from .dpo import ON_TRAINED_PAIRS, DPOTask
+from .dpo import ON_TRAINED_PAIRS, DPOTask, spoilt
 from .flow import FlowTask, Place
 from .loop import OnNote, OnStep, Outcome, Poll, fit, ignore, never, product_path
 from .metadata import metadata
 from .networks import add_qk_norm, load_to_train, recompute_blocks, write_new_mmdit
 from .optimizers import optimizer_package
 from .plan import TrainPlan, check_fits, estimate_memory, free_memory
-from .run import Run, open_run, run_folder
+from .run import Run, open_run, read_log, run_folder
 from .samples import SamplePictures, encode_samples
 from .stages import Machine, fingerprint_of, model_cache
 from .subject import (
@@ -116,6 +116,8 @@ def train(
             run.settle(asked, config.steps, plain_settings(config), contents(subject))
         if (outcome := finished(config, run, world)) is not None:
             say(f"{run.name}: is finished; nothing was computed")
+            if outcome.stopped:
+                say(f"{run.name}: {outcome.stopped}")
             return outcome
         config = with_new_mmdit(config, subject, run, world)
         pictures = None
@@ -182,7 +184,8 @@ def finished(config: TrainConfig, run: Run, world: World) -> Outcome | None:
     done = config.steps in run.states() and product.exists() and stored_as(config, product)
     if not world.share(int(done)):
         return None
-    return Outcome(product, best if best.exists() else None, config.steps, run.folder)
+    stopped = spoilt(read_log(run.folder), config) if config.method == "dpo" else ""
+    return Outcome(product, best if best.exists() else None, config.steps, run.folder, stopped)
 
 
 def stored_as(config: TrainConfig, product: Path) -> bool:

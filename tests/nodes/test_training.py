@@ -17,6 +17,7 @@ from sd3_pack.nodes.speed import SD3Speed
 from sd3_pack.nodes.training import SD3SaveLoRA, SD3TimestepDensity, SD3TrainDPO, SD3TrainLoRA
 from sd3_pack.sd3_core.checkpoints.header import read_header
 from sd3_pack.sd3_core.training import scan
+from sd3_pack.sd3_core.training.dpo import DPOTask
 from sd3_pack.sd3_core.training.flow import FlowTask
 from training_set import write_pictures
 
@@ -204,6 +205,57 @@ def test_dpo_begins_at_ln_2_and_says_what_it_measured(tiny_three, preferences, p
     (live,) = (text for text in shown if text.startswith("step 1 of 3"))
     assert "followed in 50% of the pairs" in live  # before the first update
     assert json.loads(output.args[1].metadata["sd3_workbench.dpo"])["beta"] == 20.0
+
+
+def test_a_run_that_spoils_its_winners_gives_out_the_best_state_before(
+    tiny_three, preferences, monkeypatch
+):
+    measured = [(0.0, 0.69), (-0.1, 0.6), (0.1, 0.5), (0.2, 0.4), (0.3, 0.3)]
+    left = iter(measured)
+
+    def validate(task):
+        gap, loss = next(left)
+        return {"loss": loss, "winner_gap": gap, "loser_gap": 1.0, "accuracy": 1.0, "margin": 1.0}
+
+    monkeypatch.setattr(DPOTask, "validate", validate)
+
+    def run():
+        return train(tiny_three[0], preferences, SD3TrainDPO, steps=8, validate_every=2)
+
+    for output in (run(), run()):  # queued again it is the same, and nothing is computed
+        assert "making both pictures worse" in told(output)["stopped"]
+        assert output.args[1].metadata["ss_steps"] == "2"
+        assert told(output)["steps"] == 8
+
+
+def test_a_clip_with_another_last_layer_is_refused(tiny_three, pictures):
+    clip = tiny_three[1].clone()
+    clip.clip_layer(-2)
+    with pytest.raises(NodeError, match="this CLIP is changed"):
+        SD3TrainingImages.execute(clip, tiny_three[2], "", 1, torch.rand(1, 64, 64, 3), "x")
+
+
+def test_at_most_so_many_samples_come_out_with_the_last_one():
+    names = [Path(f"{number}") for number in range(150)]
+    some = training.spread(names, 64)
+    assert len(some) == 50
+    assert some[-1] == names[-1]
+    assert some == sorted(some, key=names.index)
+    assert training.spread(names[:5], 64) == names[:5]
+    assert training.spread([], 64) == []
+
+
+def test_a_torn_line_of_the_log_does_not_cost_the_run(tiny_three, pictures, places):
+    train(tiny_three[0], pictures)
+    log = places / "output" / "sd3" / "mine" / "log.jsonl"
+    log.write_text(log.read_text() + '{"step": 4, "lo')
+    assert len(train(tiny_three[0], pictures).args[2]["loss"]) == 4
+
+
+def test_pictures_of_the_graph_outlive_the_temporary_folder(tiny_three, places):
+    output = SD3TrainingImages.execute(*tiny_three[1:], "", 1, torch.rand(1, 64, 64, 3), "x")
+    folder = output.args[0].source.path
+    assert folder.is_relative_to(places / "output" / "sd3" / ".pictures")
 
 
 def test_pictures_of_the_graph_are_taught_as_those_of_a_folder(tiny_three):
@@ -477,12 +529,31 @@ def test_bad_settings_are_one_sentence(tiny_three, pictures, changes, message):
 
 
 @pytest.mark.parametrize(
-    "name", ["../output/../../x", "/etc", "..", ".", "missing", "pictures/../../..", "C:\\x", "~"]
+    "name",
+    [
+        *("../output/../../x", "/etc", "..", ".", "missing", "pictures/../../..", "C:\\x", "~"),
+        *("\\\\host\\share", "//host/share", "a\0b", "x" * 5000),
+    ],
 )
 def test_a_folder_elsewhere_is_refused(name):
     with pytest.raises(NodeError, match="missing_file: folder is"):
         datasets.find_data(name)
     assert "missing_file" in str(SD3TrainingImages.validate_inputs(name))
+
+
+def test_a_name_outside_is_not_even_looked_at(monkeypatch):
+    """On Windows a look at //host/share tells that host who is asking."""
+    looked = []
+    original = Path.resolve
+    roots = datasets.data_roots()
+    monkeypatch.setattr(datasets, "data_roots", lambda: roots)
+    monkeypatch.setattr(
+        Path, "resolve", lambda path, *given: (looked.append(path), original(path, *given))[1]
+    )
+    for name in ("//host/share", "\\\\host\\share\\x", "/etc", "../x"):
+        with pytest.raises(NodeError):
+            datasets.find_data(name)
+    assert not looked
 
 
 def test_a_link_out_of_the_folder_is_not_followed(places, tmp_path_factory):

@@ -230,6 +230,34 @@ def test_a_run_that_spoils_its_winners_ends_with_a_sentence_and_stays_ended(conf
     assert (again.step, again.stopped) == (outcome.step, outcome.stopped)
 
 
+def test_the_last_measurement_is_judged_too_and_the_verdict_is_kept(config, monkeypatch):
+    gaps = iter([0.0, -0.1, 0.1, 0.2, 0.3])
+    monkeypatch.setattr(
+        DPOTask, "validate", lambda task: {"loss": 0.5 + next(gaps), "winner_gap": next(seen)}
+    )
+    seen = iter([0.0, -0.1, 0.1, 0.2, 0.3])
+    config = replace(config, steps=8, validate_every=2)
+    outcome = train(config)
+    assert outcome.step == 8
+    assert "that of step 2, the best" in outcome.stopped
+    notes = []
+    again = train(config, on_note=notes.append)
+    assert "nothing was computed" in notes[-2]
+    assert (again.stopped, again.best) == (outcome.stopped, outcome.best)
+
+
+def test_the_reference_of_held_pairs_is_measured_once(config, monkeypatch):
+    original, asked = DPOTask.held_errors, []
+    monkeypatch.setattr(
+        DPOTask,
+        "held_errors",
+        lambda task, *pair: (asked.append(pair[0]), original(task, *pair))[1],
+    )
+    train(replace(config, steps=2, validate_every=1))
+    held = len(set(asked))
+    assert len(asked) == held * (3 + 1)  # three measurements, one reference
+
+
 @pytest.mark.parametrize(
     ("gaps", "best"),
     [

@@ -358,6 +358,48 @@ def test_the_remaining_time_is_told_after_two_steps(tmp_path):
     assert notes == ["8 steps left, about 0 s"]
 
 
+def test_the_time_is_told_before_the_first_step_by_passes_that_change_nothing(
+    tmp_path, monkeypatch
+):
+    longer = replace(TOY, steps=60)
+    heard = []
+    train_toy(
+        tmp_path / "told",
+        longer,
+        on_note=heard.append,
+        on_step=lambda progress: heard.append(progress.step),
+    )
+    assert heard[0] == "time: about 0 s for 60 steps"
+    assert heard[1] == 1
+    monkeypatch.setattr(loop, "FORETOLD", 1000)
+    task, _ = train_toy(tmp_path / "silent", longer)
+    assert len(task.seen) == 60 * TOY.batch_size
+    told, silent = (
+        (tmp_path / name / "sd3/toy/state/step-00000060.safetensors").read_bytes()
+        for name in ("told", "silent")
+    )
+    assert told == silent
+
+
+def test_measurements_are_counted_in_the_time_left(tmp_path, monkeypatch):
+    clock = [0.0]  # a pass takes one second, a measurement ten
+    monkeypatch.setattr(loop.time, "perf_counter", lambda: clock[0])
+
+    class Timed(ToyTask):
+        def loss(self, step, rows, size):
+            clock[0] += 1
+            return super().loss(step, rows, size)
+
+        def validate(self):
+            clock[0] += 10
+            return super().validate()
+
+    left = []
+    train_toy(tmp_path, task=Timed(), on_step=lambda progress: left.append(progress.seconds_left))
+    # measured at 4, 8 and 10: a step is told before it is measured
+    assert left == [None, 38, 37, 36, 25, 24, 23, 22, 11, 10]
+
+
 def test_times_are_spoken():
     assert [spoken_time(s) for s in (4.2, 600, 12000)] == ["4 s", "10 min", "3 h 20 min"]
 
