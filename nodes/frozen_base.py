@@ -24,7 +24,7 @@ from ..sd3_core.training.report import some_names
 from ..sd3_core.training.trainer import Base
 from .comfy_speed import KEY as SPEED
 from .errors import NodeError
-from .wires import origin_of
+from .wires import loras_on, origin_of
 
 PREFIX = "diffusion_model."
 MULTIPLIER = 1000  # sigma -> the timestep that the network is told
@@ -57,12 +57,7 @@ class FrozenBase:
             )
         self.path: Path = origin.paths["mmdit"]
         self.patches: Mapping[str, Any] = model.patches
-        self.loras = [f"{one['file']} x {one['strength']:g}" for one in origin.loras]
-        others = sum(map(len, self.patches.values())) - origin.lora_patches
-        if not self.loras and self.patches:
-            self.loras = [f"a LoRA of {len(self.patches)} layers from another loader"]
-        elif others > 0:
-            self.loras.append(f"{others} patches from another loader")
+        self.loras = loras_on(model)
         self.shift = shift_of_sampling(model.get_model_object("model_sampling"))
         self.patcher: Any = None
 

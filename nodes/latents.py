@@ -105,7 +105,7 @@ class SD3EmptyLatent(io.ComfyNode):
     def execute(
         cls, aspect: str, width: int, height: int, batch_size: int, model: Any = None
     ) -> io.NodeOutput:
-        pixels = MEGAPIXEL if model is None else origin_of(model).native_pixels
+        pixels = MEGAPIXEL if model is None else origin_of(model).preset.native_pixels
         if aspect != CUSTOM:
             width, height = picture_size(aspect, pixels)
         if model is not None and max(width, height) > widths_of(model).most_pixels:

@@ -1,6 +1,7 @@
 """Files -> MODEL, CLIP, VAE."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from .files import (
     missing_note,
     name_fault,
 )
-from .wires import CATEGORY, Origin, describe, native_pixels_of, report, set_origin
+from .wires import CATEGORY, Origin, describe, origin_of, report, set_origin
 
 DTYPES = [AUTO, *WEIGHT_DTYPES]
 DTYPE_TIP = (
@@ -47,8 +48,8 @@ def load_model(component: Component, weight_dtype: str) -> Any:
         config = read_config(component)
     assert isinstance(config, MMDiTConfig)
     set_reload(patcher, reload_model, (str(component.file), weight_dtype))
-    pixels = native_pixels_of(component, config)
-    set_origin(patcher, Origin.of({"mmdit": component}, pixels))
+    preset = model_preset(component, config)
+    set_origin(patcher, replace(Origin.of({"mmdit": component}), preset=preset))
     return patcher
 
 
@@ -57,11 +58,10 @@ def dtypes_of(model: Any) -> dict[str, str]:
     return {name: str(dtype).removeprefix("torch.") for name, dtype in dtypes.items()}
 
 
-def preset_of(component: Component) -> dict[str, Any]:
-    """What to begin with.  Fresh nodes begin with SD3.5 Large's, whatever model comes to them."""
-    config = read_config(component)
-    assert isinstance(config, MMDiTConfig)
-    preset = model_preset(component, config)
+def preset_of(model: Any) -> dict[str, Any]:
+    """What to begin with.  Fresh nodes begin with SD3.5 Large's steps and cfg, whatever model comes
+    to them; its shift and its sampler they take from it."""
+    preset = origin_of(model).preset
     return {name: getattr(preset, name) for name in ("steps", "cfg", "sampler", "shift")}
 
 
@@ -170,7 +170,7 @@ class SD3LoadMMDiT(io.ComfyNode):
         model = load_model(component, weight_dtype)
         contents = {
             "files": describe({"mmdit": component}),
-            "preset": preset_of(component),
+            "preset": preset_of(model),
             **dtypes_of(model),
         }
         return io.NodeOutput(model, ui=report(contents))
@@ -415,7 +415,7 @@ class SD3LoadCheckpoint(io.ComfyNode):
         contents = {
             "files": describe(parts),
             "notes": notes,
-            "preset": preset_of(parts["mmdit"]),
+            "preset": preset_of(model),
             **dtypes_of(model),
         }
         return io.NodeOutput(

@@ -25,12 +25,13 @@ from ..sd3_core.training.picks import MOST, PICTURES, Group, PickRefused, Picks,
 from ..sd3_core.training.run import named_folder
 from ._compat import advanced, schema
 from .errors import NodeError, coded
-from .wires import CATEGORY, origin_of, report
+from .wires import CATEGORY, loras_on, origin_of, report
 
 HOME = "sd3_picks"  # in ComfyUI's output folder
 ADDRESS = "/sd3_workbench/picks/{name}"
 LARGEST_BODY = 4096  # bytes of a vote
 ME, CHECKER = "me", "checker"  # who votes
+UNKNOWN = -1  # seed
 FIELDS = {"group", "best", "worst", "verdict", "undo"}
 
 
@@ -101,7 +102,8 @@ def cast_vote(picks: Picks, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 async def answered(request: web.Request, work: Callable[[Picks], dict[str, Any]]) -> web.Response:
-    """The work's answer as JSON; 400 for a name that is none, 409 for a vote that is refused."""
+    """The work's answer as JSON; 400 for a name that is none, 409 for a vote that is refused, 507
+    where the disk does not take it."""
     try:
         folder = pick_folder(request.match_info["name"])
     except ValueError as error:
@@ -110,6 +112,9 @@ async def answered(request: web.Request, work: Callable[[Picks], dict[str, Any]]
         return web.json_response(await asyncio.to_thread(work, Picks(folder)))
     except PickRefused as error:
         return web.json_response({"error": str(error)}, status=409)
+    except OSError as error:
+        told = f"the folder {folder.name} cannot be used: {error.strerror or error}."
+        return web.json_response({"error": told}, status=507)
 
 
 async def show(request: web.Request) -> web.Response:
@@ -119,7 +124,9 @@ async def show(request: web.Request) -> web.Response:
 async def vote(request: web.Request) -> web.Response:
     if request.content_type != "application/json":  # no other page's form can send it
         return web.json_response({"error": "send application/json."}, status=415)
-    body = await request.content.read(LARGEST_BODY + 1)
+    body = b""
+    while part := await request.content.read(LARGEST_BODY + 1 - len(body)):
+        body += part  # it may come in pieces
     if len(body) > LARGEST_BODY:
         return web.json_response({"error": f"a vote has at most {LARGEST_BODY} bytes."}, status=413)
     try:
@@ -191,15 +198,17 @@ def add_candidates(
             "bad_setting", f"label_a and label_b are both {arms[0]!r}; name them apart."
         )
     pairs = zip(own, map(png, rivals), strict=True)
-    drawn_by = {"models": models} if models[0] != models[1] else {"model": models[0]}
-    return [picks.add(prompt, pair, arms=arms, seed=seed, **drawn_by) for pair in pairs]
+    each = models if models[0] != models[1] else ()
+    model = "" if each else models[0]
+    return [
+        picks.add(prompt, pair, arms=arms, seed=seed, model=model, models=each) for pair in pairs
+    ]
 
 
 def named(model: Any) -> str:
-    """The file of a MODEL and the LoRAs on it: "medium.safetensors + mine.safetensors 0.8"."""
-    origin = origin_of(model)
-    loras = [f"{lora['file']} {lora['strength']:g}" for lora in origin.loras]
-    return " + ".join([origin.files.get("mmdit", {}).get("file", ""), *loras])
+    """The file of a MODEL and the LoRAs on it: "medium.safetensors + mine.safetensors x 0.8"."""
+    file = origin_of(model).files.get("mmdit", {}).get("file", "a model of another loader")
+    return " + ".join([file, *loras_on(model)])
 
 
 def check_judged(judge: str, prompt: str) -> None:
@@ -285,12 +294,12 @@ class SD3Pick(io.ComfyNode):
                             ),
                             io.Int.Input(
                                 "seed",
-                                default=0,
-                                min=0,
+                                default=UNKNOWN,
+                                min=UNKNOWN,
                                 max=2**64 - 1,
                                 control_after_generate=False,  # it tells, it draws nothing
                                 optional=True,
-                                tooltip="Of the pictures; stored with the picks.",
+                                tooltip="Of the pictures; stored with the picks. -1: not known.",
                             ),
                             io.Model.Input(
                                 "model",
@@ -337,7 +346,7 @@ class SD3Pick(io.ComfyNode):
         images_b: Tensor | None = None,
         label_a: str = "A",
         label_b: str = "B",
-        seed: int | None = None,
+        seed: int = UNKNOWN,
         model: Any = None,
         judge: str = ME,
         model_b: Any = None,
@@ -348,7 +357,8 @@ class SD3Pick(io.ComfyNode):
             first = "" if model is None else named(model)
             models = (first, first if model_b is None else named(model_b))
             arms = (label_a.strip(), label_b.strip())
-            groups = add_candidates(picks, images, images_b, arms, prompt.strip(), seed, models)
+            known = None if seed == UNKNOWN else seed
+            groups = add_candidates(picks, images, images_b, arms, prompt.strip(), known, models)
             if judge == CHECKER:
                 let_checker_vote(picks, groups)
         shown = state(picks)

@@ -37,6 +37,7 @@ from ..sd3_core.schedule import (
     per_image,
 )
 from ._compat import advanced, fix_empty_latent, inference_dtype, intermediate_dtype, schema
+from .comfy_model import AUTO
 from .comfy_speed import last_run, watch_runs
 from .errors import coded
 from .progress import Callback, Meter, check_finite, step_reporter
@@ -353,6 +354,7 @@ class SD3Sample(io.ComfyNode):
             skip_span=(slg_start_percent, slg_end_percent),
         )
         samples = check_inputs(model, positive, negative, latent_image)
+        sampler_name = chosen_sampler(sampler_name, model)
         with coded("bad_setting"):
             run = prepare(model, sigmas, sampler_name, guidance)
             start_noise = noise(samples.shape, seed, latent_image.get("batch_index"))
@@ -402,11 +404,16 @@ def cfg_input() -> Any:
 def sampler_input() -> Any:
     return io.Combo.Input(
         "sampler_name",
-        options=list(SAMPLERS),
-        default="dpmpp_2m",
-        tooltip="How to walk: euler is plainest, dpmpp_2m needs fewer steps, heun calls the model "
-        "twice a step, euler_ancestral adds noise on the way and suits small models.",
+        options=[AUTO, *SAMPLERS],
+        default=AUTO,
+        tooltip="How to walk. auto: what suits the model, for other packs' dpmpp_2m. euler is "
+        "plainest, dpmpp_2m needs fewer steps, heun calls the model twice a step, euler_ancestral "
+        "adds noise on the way and suits small models.",
     )
+
+
+def chosen_sampler(name: str, model: Any) -> str:
+    return origin_of(model).preset.sampler if name == AUTO else name
 
 
 def speed_report(model: Any) -> dict[str, Any]:
@@ -484,7 +491,8 @@ def fitted_samples(model: Any, latent: dict[str, Any]) -> Tensor:
 def prepare(model: Any, sigmas: Tensor, sampler_name: str, guidance: Guidance) -> Run:
     """Raises ValueError for settings that cannot be."""
     if sampler_name not in SAMPLERS:
-        raise ValueError(f"sampler_name is {sampler_name!r}; choose one of {', '.join(SAMPLERS)}.")
+        known = ", ".join((AUTO, *SAMPLERS))
+        raise ValueError(f"sampler_name is {sampler_name!r}; choose one of {known}.")
     shifted, shift, notes = with_shift_of(sigmas, model)
     shifted = shifted.clone()
     watch_runs(shifted)

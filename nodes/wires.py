@@ -13,9 +13,7 @@ from torch import Tensor
 
 from ..sd3_core.checkpoints.header import fingerprint
 from ..sd3_core.checkpoints.layouts import Component
-from ..sd3_core.models.mmdit import MMDiTConfig
-from ..sd3_core.presets import MEGAPIXEL
-from ..sd3_core.settings import model_preset
+from ..sd3_core.presets import PRESETS, Preset
 from .errors import NodeError
 
 CATEGORY = "SD3 Workbench"
@@ -37,20 +35,19 @@ def report(contents: Mapping[str, Any]) -> dict[str, list[dict[str, Any]]]:
 class Origin:
     """What one of our loaders knows of a MODEL, CLIP or VAE; travels with its patcher's clones.
 
-    files: "mmdit", "clip_l", ... -> {"file", "fingerprint"}.  native_pixels: of the pictures that
-    the model was trained on.  paths: of the same files; never reported.
+    files: "mmdit", "clip_l", ... -> {"file", "fingerprint"}.  preset: what suits the MODEL.
+    paths: of the same files; never reported.
     """
 
     files: dict[str, dict[str, str]] = field(default_factory=dict)
     loras: tuple[dict[str, Any], ...] = ()
     lora_patches: int = 0  # of weights, that these put there
-    native_pixels: int = MEGAPIXEL
+    preset: Preset = PRESETS["sd3.5_large"]
     paths: dict[str, Path] = field(default_factory=dict)
 
     @staticmethod
-    def of(parts: Mapping[str, Component], native_pixels: int = MEGAPIXEL) -> "Origin":
-        paths = {kind: part.file for kind, part in parts.items()}
-        return Origin(describe(parts), native_pixels=native_pixels, paths=paths)
+    def of(parts: Mapping[str, Component]) -> "Origin":
+        return Origin(describe(parts), paths={kind: part.file for kind, part in parts.items()})
 
 
 def describe(parts: Mapping[str, Component]) -> dict[str, dict[str, str]]:
@@ -60,10 +57,6 @@ def describe(parts: Mapping[str, Component]) -> dict[str, dict[str, str]]:
 def describe_file(path: Path) -> dict[str, str]:
     """By name alone: a report travels with pictures, and folders are nobody's business."""
     return {"file": path.name, "fingerprint": fingerprint(path)}
-
-
-def native_pixels_of(component: Component, config: MMDiTConfig) -> int:
-    return model_preset(component, config).native_pixels
 
 
 def set_origin(patcher: Any, origin: Origin) -> None:
@@ -78,6 +71,16 @@ def origin_of(patcher: Any) -> Origin:
 def with_lora(origin: Origin, path: Path, strength: float, patches: int) -> Origin:
     lora = {**describe_file(path), "strength": strength}
     return replace(origin, loras=(*origin.loras, lora), lora_patches=origin.lora_patches + patches)
+
+
+def loras_on(model: Any) -> list[str]:
+    """The LoRAs of a MODEL in words; what other packs' nodes put there is counted."""
+    origin = origin_of(model)
+    named = [f"{one['file']} x {one['strength']:g}" for one in origin.loras]
+    others = sum(map(len, model.patches.values())) - origin.lora_patches
+    if not named and model.patches:
+        return [f"a LoRA of {len(model.patches)} layers from another loader"]
+    return [*named, *([f"{others} patches from another loader"] if others > 0 else [])]
 
 
 # MODEL and CONDITIONING

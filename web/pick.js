@@ -16,7 +16,8 @@ app.registerExtension({
 
   nodeCreated(node) {
     if (node.comfyClass !== NODE) return;
-    const view = makeView(() => nameWidget(node)?.value ?? "");
+    let told = ""; // the name that the last run used, where a link brings it
+    const view = makeView(() => (isLinked(node) && told) || (nameWidget(node)?.value ?? ""));
     const widget = node.addDOMWidget("sd3_pick", "sd3_workbench_pick", view.element, {
       serialize: false,
       getMinHeight: () => MIN_HEIGHT,
@@ -26,6 +27,7 @@ app.registerExtension({
     const executed = node.onExecuted;
     node.onExecuted = function (output) {
       executed?.call(this, output);
+      told = output?.sd3_report?.[0]?.pick_name ?? "";
       view.refresh();
     };
     const name = nameWidget(node);
@@ -48,6 +50,7 @@ app.registerExtension({
 });
 
 const nameWidget = (node) => node.widgets?.find(({ name }) => name === "pick_name");
+const isLinked = (node) => node.inputs?.some(({ name, link }) => name === "pick_name" && link != null);
 
 function element(tag, className, text = "") {
   const made = document.createElement(tag);
@@ -65,13 +68,19 @@ function makeView(pickName) {
   const said = element("div", "sd3-value");
   whole.append(head, prompt, pictures, buttons, said);
 
+  let latest = null; // the state on screen
   let group = null;
   let best = "";
   let asked = 0; // an answer that came late must not replace a newer one
   let voting = false; // until the answer the group on screen may be decided already
+  let stale = false; // something happened meanwhile
 
   async function talk(vote, reveal = false) {
     const name = pickName();
+    if (!name.trim()) {
+      said.textContent = "Give pick_name a name.";
+      return;
+    }
     const turn = ++asked;
     const options = vote && {
       method: "POST",
@@ -85,7 +94,8 @@ function makeView(pickName) {
       answer = await api.fetchApi(address, options);
       told = await answer.json();
     } catch (error) {
-      said.textContent = `The server does not answer (${error.message}).`;
+      const status = answer ? `says ${answer.status} ${answer.statusText}` : "does not answer";
+      said.textContent = `The server ${status} (${error.message}).`;
       return;
     }
     if (turn !== asked) return;
@@ -101,29 +111,37 @@ function makeView(pickName) {
     if (voting) return;
     voting = true;
     try {
+      stale = false;
       await talk(...what);
     } finally {
       voting = false;
     }
+    if (stale) await talk();
   }
 
-  function clear(text) {
-    group = null;
-    head.replaceChildren();
-    prompt.textContent = text;
-    pictures.replaceChildren();
-    buttons.replaceChildren();
-    said.textContent = "";
+  function refresh() {
+    if (voting) stale = true;
+    else talk();
   }
 
+  // The same group again, as when a run ends between two clicks, keeps its best.
   function show(state) {
+    const moved = state.subfolder !== latest?.subfolder;
+    latest = state;
+    if (moved || state.group?.id !== group?.id) {
+      group = state.group;
+      best = "";
+      const shown = (group?.pictures ?? []).map((name) => picture(name, state.subfolder));
+      pictures.replaceChildren(...shown);
+    }
     const nothing = state.decided ? "Everything is picked." : "Run to collect pictures.";
-    clear(state.group ? state.group.prompt : nothing);
-    group = state.group;
-    best = "";
-    head.append(element("span", "", `${state.open} to pick`));
-    head.append(element("span", "sd3-label", `${state.decided} done`));
-    for (const name of group?.pictures ?? []) pictures.append(picture(name, state.subfolder));
+    prompt.textContent = group ? group.prompt : nothing;
+    head.replaceChildren(
+      element("span", "", `${state.open} to pick`),
+      element("span", "sd3-label", `${state.decided} done`),
+    );
+    buttons.replaceChildren();
+    if (best) buttons.append(button("no worst", { group: group.id, best }));
     if (group) {
       buttons.append(button("tie", { group: group.id, verdict: "tie" }));
       buttons.append(button("skip", { group: group.id, verdict: "skip" }));
@@ -138,25 +156,35 @@ function makeView(pickName) {
     const query = new URLSearchParams({ filename: name, subfolder, type: "output" });
     shown.src = api.apiURL(`/view?${query}`);
     shown.draggable = false;
-    shown.title = "Click the best one.";
-    shown.addEventListener("click", ({ detail }) => {
-      if (detail < 2) click(shown, name); // the second of a double click judges nothing
+    shown.dataset.name = name;
+    shown.title = titled("best");
+    shown.addEventListener("click", ({ detail, shiftKey }) => {
+      if (shiftKey) window.open(shown.src);
+      else if (detail < 2) click(name); // the second of a double click judges nothing
     });
     return shown;
   }
 
+  const titled = (which) => `Click the ${which} one; with Shift it opens in full size.`;
+
+  function choose(name) {
+    best = name;
+    for (const shown of pictures.children) {
+      shown.classList.toggle("sd3-best", shown.dataset.name === name);
+      shown.title = titled(name ? "worst" : "best");
+    }
+    show(latest);
+  }
+
   // Of two pictures one click decides; of more the second click names the worst.
-  function click(shown, name) {
+  function click(name) {
     if (voting) return;
     if (group.pictures.length === 2) {
       send({ group: group.id, best: name });
     } else if (!best) {
-      best = name;
-      shown.classList.add("sd3-best");
-      for (const other of pictures.children) other.title = "Click the worst one.";
-      buttons.prepend(button("no worst", { group: group.id, best }));
+      choose(name);
     } else if (best === name) {
-      talk(); // taken back
+      choose(""); // taken back
     } else {
       send({ group: group.id, best, worst: name });
     }
@@ -171,7 +199,7 @@ function makeView(pickName) {
     return made;
   }
 
-  return { element: whole, refresh: () => talk() };
+  return { element: whole, refresh };
 }
 
 // waiting: pictures that were still to pick when it was revealed.

@@ -82,6 +82,9 @@ def test_clicks_are_recorded(editor, picks, screenshot):
     assert len(seen["pictures"]) == 4
     screenshot("-four")
     click(seen["pictures"][0])
+    editor.page.evaluate("(id) => app.graph.getNodeById(id).onExecuted({})", 2)  # a run ends
+    editor.page.wait_for_timeout(500)
+    assert editor.page.locator(".sd3-pick img.sd3-best").count() == 1
     click(seen["pictures"][3])
     shows("Everything is picked")
     decided = [line for line in lines(picks) if line["prompt"] == "four pictures"]

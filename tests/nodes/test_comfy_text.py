@@ -12,7 +12,8 @@ import torch
 from comfy_call import call
 from comfy_extras.nodes_sd3 import CLIPTextEncodeSD3
 from sd3_pack.nodes.errors import NodeError
-from sd3_pack.nodes.loaders import load_clip
+from sd3_pack.nodes.files import EMBEDDED
+from sd3_pack.nodes.loaders import SD3LoadCheckpoint, load_clip
 from sd3_pack.nodes.text import SD3EncodePrompt
 from sd3_pack.sd3_core.checkpoints.layouts import find_components
 from sd3_pack.sd3_core.generate import encode_prompts
@@ -150,6 +151,15 @@ def test_a_patch_on_the_clip_acts_and_leaves_the_base_alone(our_clip):
 
 
 # SD3EncodePrompt
+
+
+def test_words_that_the_built_in_model_does_not_know_are_named(models):
+    clip = SD3LoadCheckpoint.execute(EMBEDDED).args[1]
+    for prompt, known in (("a red zebra", False), ("a red circle", True)):
+        (told,) = SD3EncodePrompt.execute(clip, prompt, "").ui["sd3_report"]
+        said = " ".join(told["notes"])
+        assert ('"zebra": outside' in said) is not known
+        assert ("It knows" in said) is not known
 
 
 @pytest.mark.parametrize(

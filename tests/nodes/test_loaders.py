@@ -42,7 +42,7 @@ def folder(models):
 def test_a_checkpoint_gives_three_native_objects_and_names_its_files(tiny_three, tiny):
     model, clip, vae = tiny_three
     assert origin_of(model).files["mmdit"]["file"] == "tiny.safetensors"
-    assert origin_of(model).native_pixels == 64 * 64
+    assert origin_of(model).preset.native_pixels == 64 * 64
     assert set(origin_of(clip.patcher).files) == {"clip_l", "clip_g", "t5"}
     assert set(origin_of(vae.patcher).files) == {"vae"}
 

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,22 +112,55 @@ def test_a_comparison_is_told_at_its_end_or_when_asked_for():
 
 def test_what_drew_each_side_is_stored_with_its_loras(output):
     class Model:
-        def __init__(self, *loras):
+        def __init__(self, *loras, patches=0):
             origin = Origin(files={"mmdit": {"file": "base.safetensors"}}, loras=loras)
-            self.attachments = {ATTACHMENT: origin}
+            self.attachments = {ATTACHMENT: replace(origin, lora_patches=len(loras))}
+            self.patches = {str(n): [None] for n in range(len(loras) + patches)}
 
     plain, taught = Model(), Model({"file": "mine.safetensors", "strength": 0.8})
+    natively = Model(patches=2)
     SD3Pick.execute(images(2), "one", "x", model=taught)
     SD3Pick.execute(images(1), "two", "x", images(1, seed=1), model=plain, model_b=taught)
     SD3Pick.execute(images(1), "three", "x", images(1, seed=1), model=plain)
-    one, two, three = (
+    SD3Pick.execute(images(1), "four", "x", images(1, seed=1), model=plain, model_b=natively)
+    one, two, three, four = (
         next(iter(Picks(output / "sd3_picks" / name).groups().values()))
-        for name in ("one", "two", "three")
+        for name in ("one", "two", "three", "four")
     )
-    named = "base.safetensors + mine.safetensors 0.8"
+    named = "base.safetensors + mine.safetensors x 0.8"
+    assert four.models[1] == "base.safetensors + a LoRA of 2 layers from another loader"
     assert (one.model, one.models) == (named, ())
     assert (two.model, two.models) == ("", ("base.safetensors", named))
     assert (three.model, three.models) == ("base.safetensors", ())
+    assert three.seed is None
+
+
+def test_a_vote_that_comes_in_pieces_counts(output):
+    SD3Pick.execute(images(2), "mine", "x")
+    group = ask()[1]["group"]
+    whole = json.dumps({"group": group["id"], "verdict": "tie"}).encode()
+
+    async def in_pieces():
+        for piece in (whole[:9], whole[9:20], whole[20:]):
+            yield piece
+            await asyncio.sleep(0.05)
+
+    headers = {"Content-Type": "application/json"}
+    path = "/sd3_workbench/picks/mine"
+    ((status, seen),) = talk(("POST", path, {"data": in_pieces(), "headers": headers}))
+    assert (status, seen["decided"]) == (200, 1)
+
+
+def test_a_disk_that_takes_nothing_is_told_in_json(output, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    SD3Pick.execute(images(2), "mine", "x")
+    group = ask()[1]["group"]
+    monkeypatch.setattr(Picks, "_append", full)
+    status, told = send({"group": group["id"], "verdict": "tie"})
+    assert status == 507
+    assert "No space left on device" in told["error"]
 
 
 @pytest.fixture

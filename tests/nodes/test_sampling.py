@@ -1,5 +1,7 @@
 """SD3Sample against KSampler: whatever acts there acts here."""
 
+from dataclasses import replace
+
 import comfy.controlnet
 import comfy.model_management
 import comfy.samplers
@@ -12,6 +14,8 @@ from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_sd3 import SkipLayerGuidanceSD3
 from sd3_pack.nodes.errors import NodeError
 from sd3_pack.nodes.sampling import SD3Sample, SD3ShiftSchedule, parse_layers
+from sd3_pack.nodes.wires import origin_of, set_origin
+from sd3_pack.sd3_core.presets import PRESETS
 from sd3_pack.sd3_core.schedule import Schedule
 
 import nodes
@@ -46,6 +50,26 @@ def test_sample_ksampler_and_the_native_model_agree(our_model, their_model, cond
     natively = ksampler(their_model, *prompts, sampler=sampler)
     torch.testing.assert_close(ours, natively, **TOLERANCE)
     torch.testing.assert_close(sample(their_model, *prompts, sampler=sampler), ours, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("suits", "sampler"), [("sd3_tiny", "euler_ancestral"), ("sd3.5_large_turbo", "euler")]
+)
+def test_auto_is_the_sampler_that_suits_the_model(our_model, conditioning, suits, sampler):
+    model = our_model.clone()
+    set_origin(model, replace(origin_of(model), preset=PRESETS[suits]))
+    prompts = conditioning(1), conditioning(2)
+    latent = {"samples": torch.zeros(1, 16, 8, 8)}
+    out = SD3Sample.execute(model, *prompts, latent, schedule(), 5, 3.0, "auto")
+    assert out.ui["sd3_report"][0]["sampler"] == sampler
+    named = sample(model, *prompts, latent, sampler=sampler)
+    assert torch.equal(out.args[0]["samples"], named)
+
+
+def test_auto_is_dpmpp_2m_for_a_model_of_another_loader(their_model, conditioning):
+    prompts = conditioning(1), conditioning(2)
+    auto, named = (sample(their_model, *prompts, sampler=name) for name in ("auto", "dpmpp_2m"))
+    assert torch.equal(auto, named)
 
 
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
