@@ -222,11 +222,19 @@ def add_tiny(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_tiny)
     add = command.add_argument
     add("stage", help=TINY_STAGES)
-    add("--budget", default="laptop", help="laptop (two hours of two cores) or gpu")
+    add("--budget", default="laptop", help="laptop (two to three hours of two cores) or gpu")
     add("--output", type=Path, default=Path("output"), metavar="FOLDER")
     add("--dtype", default="auto", help="auto, bf16, fp32; bf16 is faster on many CPUs, too")
     add("--device", default="auto")
     add("--compile", action="store_true", help="compile the MMDiT's blocks; needs a C++ compiler")
+    add("--name", metavar="NAME", help="of what pack makes; default: sd3-tiny-local")
+    add(
+        "--scenes-from",
+        type=int,
+        default=0,
+        metavar="N",
+        help="shelves and flow-*: pictures that begin at this number, not at 0",
+    )
 
 
 def add_study(command: argparse.ArgumentParser) -> None:
@@ -491,13 +499,15 @@ def run_check(options: argparse.Namespace) -> int:
 
 
 def run_tiny(options: argparse.Namespace) -> int:
-    from .embedded.stages.make import BUDGETS, IN_ORDER, STAGES, Maker
+    from .embedded.stages.make import BUDGETS, IN_ORDER, LOCAL, STAGES, Maker
 
     if options.budget not in BUDGETS:
         raise ValueError(f"budget is {options.budget!r}; choose {' or '.join(BUDGETS)}.")
     stages = list(IN_ORDER) if options.stage == "all" else [options.stage]
     if not set(stages) <= set(STAGES):
         raise ValueError(f"stage is {options.stage!r}; choose {', '.join(STAGES)} or all.")
+    if options.scenes_from < 0:
+        raise ValueError(f"scenes-from is {options.scenes_from}; give a number from 0.")
     bar = TrainingBar()
     maker = Maker(
         options.output,
@@ -505,6 +515,8 @@ def run_tiny(options: argparse.Namespace) -> int:
         options.device,
         options.dtype,
         options.compile,
+        options.name or LOCAL,
+        options.scenes_from,
         on_step=bar.on_step,
         on_note=bar.on_note,
     )

@@ -11,7 +11,10 @@ import pytest
 import torch
 from PIL import Image
 from sd3_pack.sd3_core.__main__ import main, output_files
-from sd3_pack.sd3_core.pictures import read_png, save_png
+from sd3_pack.sd3_core.embedded.captions import short_caption
+from sd3_pack.sd3_core.embedded.render import draw as draw_scenes
+from sd3_pack.sd3_core.embedded.scenes import scenes
+from sd3_pack.sd3_core.pictures import read_png, save_png, to_uint8
 from sd3_pack.sd3_core.verify import LATER_SETTINGS
 from tiny import write_tiny_checkpoint
 from tiny_tokenizers import write_tiny_tokenizers
@@ -216,3 +219,47 @@ def test_split_files_are_exported_as_one_that_draws_the_same(model, tmp_path, ca
     assert np.abs(one - other).max() <= 1
     assert main(["export", str(whole), *map(str, files)]) == 2
     assert "is there already" in capsys.readouterr().err
+
+
+# Without a file: the embedded model
+
+
+def test_without_a_file_the_embedded_model_draws_and_tells_what_it_does_not_know(tmp_path, capsys):
+    picture = tmp_path / "out.png"
+    assert main(["generate", "a red zebra", "--steps", "1", "-o", str(picture)]) == 0
+    told = "".join(capsys.readouterr())
+    assert '"zebra": outside of the embedded model\'s world. It knows one to four' in told
+    assert Image.open(picture).size == (128, 128)
+    assert main(["generate", "a red circle", "--steps", "1", "-o", str(picture)]) == 0
+    assert "world" not in "".join(capsys.readouterr())
+
+
+def test_a_picture_is_read_against_its_prompt(tmp_path, capsys):
+    (shown,) = scenes(3, range(1), (128, 128), kinds={"single": 1.0})
+    picture = tmp_path / "out.png"
+    save_png(to_uint8(draw_scenes([shown]))[0], picture, {})
+    assert main(["check", str(picture), short_caption(shown)]) == 0
+    assert "as asked" in capsys.readouterr().out
+    assert main(["check", str(picture), "a zebra"]) == 2
+    told = capsys.readouterr().err
+    assert "zebra" in told
+    assert "It knows" in told
+
+
+def test_the_score_is_printed_and_written(tmp_path, capsys):
+    counts = tmp_path / "score.json"
+    few = ["--prompts", "1", "--seeds", "1", "--steps", "1", "--json", str(counts)]
+    assert main(["score", *few]) == 0
+    assert "| overall | " in capsys.readouterr().out
+    rows = {row["category"]: row["total"] for row in json.loads(counts.read_text())}
+    assert rows["overall"] == 6
+    assert rows["unseen combinations"] == 1
+
+
+def test_a_stage_of_the_embedded_model_is_one_command(tmp_path, capsys):
+    assert main(["tiny", "words", "--output", str(tmp_path)]) == 0
+    assert Path(capsys.readouterr().out.strip()).is_dir()
+    assert main(["tiny", "pack", "--output", str(tmp_path), "--name", "mine"]) == 2
+    assert "begins with sd3-tiny-" in capsys.readouterr().err
+    assert main(["tiny", "shelves", "--output", str(tmp_path), "--scenes-from", "-1"]) == 2
+    assert "give a number from 0" in capsys.readouterr().err

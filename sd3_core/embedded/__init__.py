@@ -8,4 +8,7 @@ requests.py  prompt -> Request, or the words it does not know
 checker.py   pictures -> what can be seen in them, with components.py
 verdict.py   what is seen against what was asked for
 score.py     the mini GenEval on the prompts of evaluation.py
+drawing.py   prompts -> pictures, by a model of this world
+model.py     the file that comes with the pack, and what is said of a prompt it cannot draw
+stages/      how that file is made
 """

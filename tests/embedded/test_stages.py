@@ -13,10 +13,11 @@ from sd3_pack.sd3_core.checkpoints.tensors import read_tensors
 from sd3_pack.sd3_core.conditioning import Conditioning
 from sd3_pack.sd3_core.embedded.captions import full_caption, short_caption
 from sd3_pack.sd3_core.embedded.drawing import Painter
-from sd3_pack.sd3_core.embedded.model import FILE, NAME
+from sd3_pack.sd3_core.embedded.model import FILE, MODEL_KEY, NAME, is_embedded
 from sd3_pack.sd3_core.embedded.render import REACH, SHAPE_LABELS, draw, truth
 from sd3_pack.sd3_core.embedded.requests import known_words
 from sd3_pack.sd3_core.embedded.scenes import scenes
+from sd3_pack.sd3_core.embedded.stages import make
 from sd3_pack.sd3_core.embedded.stages.basis import Basis, basis_of, fit_basis
 from sd3_pack.sd3_core.embedded.stages.flow import (
     Asked,
@@ -30,6 +31,7 @@ from sd3_pack.sd3_core.embedded.stages.make import (
     IN_ORDER,
     Budget,
     Maker,
+    Numbers,
     large_pictures,
     small_pictures,
 )
@@ -277,7 +279,7 @@ def shelf():
 
 
 def test_the_first_loss_is_that_of_saying_nothing(shelf):
-    task = ShelfTask(new_mmdit(0), [(shelf, 1.0)], shelf, FlowStage(), CPU, FLOAT)
+    task = ShelfTask(new_mmdit(0, CPU), [(shelf, 1.0)], shelf, FlowStage(), CPU, FLOAT)
     with torch.no_grad():
         losses = task.loss(0, range(64), 64)
     first, asked, missed = (losses.logs[name] for name in ("velocity", "labels", "middles"))
@@ -292,7 +294,7 @@ def test_the_first_loss_is_that_of_saying_nothing(shelf):
 
 def test_without_its_weight_the_question_is_not_asked(shelf):
     asking, silent = (
-        ShelfTask(new_mmdit(0), [(shelf, 1.0)], shelf, config, CPU, FLOAT)
+        ShelfTask(new_mmdit(0, CPU), [(shelf, 1.0)], shelf, config, CPU, FLOAT)
         for config in (FlowStage(), FlowStage(label_weight=0.0, middle_weight=0.0))
     )
     assert set(asking.parameters) - set(silent.parameters) == {
@@ -415,9 +417,8 @@ SMALLEST = Budget(
 
 @pytest.mark.long
 def test_all_stages_make_a_model_that_draws(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        "sd3_pack.sd3_core.embedded.stages.make.HELD_PICTURES", 8
-    )  # the budget is small in everything
+    monkeypatch.setattr(make, "HELD_PICTURES", 8)  # the budget is small in everything
+    monkeypatch.setattr(make, "PART", 12)
     notes = []
     maker = Maker(tmp_path, SMALLEST, "cpu", "fp32", on_note=notes.append)
     with pytest.raises(ValueError, match="run the stage clip first"):
@@ -442,6 +443,8 @@ def test_all_stages_make_a_model_that_draws(tmp_path, monkeypatch):
     again = Maker(tmp_path, dataclasses.replace(SMALLEST, t5=longer), "cpu", "fp32")
     again.t5()
     assert (tmp_path / "sd3" / "tiny-t5" / "state" / "step-00000005.safetensors").exists()
+    with pytest.raises(ValueError, match="trained with other text encoders"):
+        again.pack()  # that MMDiT knows the T5 of before
 
 
 def test_the_shipped_model_comes_apart_and_together(tmp_path):
@@ -456,9 +459,42 @@ def test_the_shipped_model_comes_apart_and_together(tmp_path):
     first, second = read_tensors(before), read_tensors(after)
     assert first.keys() == second.keys()
     assert all(torch.equal(first[name], second[name]) for name in first)
-    assert NAME in before.metadata.values()
+    assert before.metadata[MODEL_KEY] == NAME
+    assert after.metadata == before.metadata | {MODEL_KEY: "sd3-tiny-local"}
+    assert is_embedded(after.metadata)
+    for name in (NAME, "mine", "sd3-tiny-/../x"):  # the shipped one's belongs to its weights
+        with pytest.raises(ValueError, match="begins with sd3-tiny-"):
+            dataclasses.replace(maker, name=name).pack()
+    for stage in (Maker.vae, Maker.clip, Maker.t5, Maker.flow_64):  # nothing is trained anew
+        found = (maker.output / "sd3").rglob("*.safetensors")
+        before = {path: path.stat().st_mtime_ns for path in found}
+        stage(maker)
+        assert {path: path.stat().st_mtime_ns for path in before} == before
     with pytest.raises(ValueError, match="is there already: name another --output"):
         maker.unpack()
+
+
+def test_shelves_come_in_parts_whose_names_tell_what_is_in_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(make, "HELD_PICTURES", 4)
+    monkeypatch.setattr(make, "PART", 6)
+    few = dataclasses.replace(SMALLEST, large=(Numbers((128, 128), range(8), 1.0),))
+    maker = Maker(tmp_path, few, "cpu", "fp32")
+    maker.unpack()
+    folder = maker.shelves()
+    first = {path.name.rpartition("-")[0]: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert set(first) == {"128x128-held", "128x128-0-6", "128x128-6-8"}  # none of 64 pixels
+    next(folder.glob("*-6-8-*")).unlink()  # as if it had been stopped there
+    maker.shelves()
+    again = {path.name.rpartition("-")[0]: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert [name for name in first if first[name] != again[name]] == ["128x128-6-8"]
+    dataclasses.replace(maker, first_scene=100).shelves()
+    fresh = {path.name.rpartition("-")[0] for path in folder.iterdir()} - set(first)
+    assert fresh == {"128x128-100-106", "128x128-106-108"}
+    with pytest.raises(ValueError, match="run the stage shelves first"):
+        dataclasses.replace(maker, first_scene=200).flow_128()
+    single = dataclasses.replace(few.large[0], kinds={"single": 1.0})
+    other = dataclasses.replace(maker, budget=dataclasses.replace(few, large=(single,)))
+    assert not any(path.exists() for path in other._parts(single))
 
 
 def test_only_an_embedded_model_comes_apart(tmp_path):

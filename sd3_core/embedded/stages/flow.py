@@ -27,6 +27,7 @@ from ...checkpoints.layouts import PREFIXES
 from ...checkpoints.load import load_mmdit
 from ...checkpoints.save import save_tensors
 from ...conditioning import Conditioning
+from ...models.attention import Attention, attention
 from ...models.cast import CastOps
 from ...models.mmdit import MMDiT, MMDiTConfig
 from ...schedule import Schedule
@@ -52,10 +53,9 @@ SIZES = MMDiTConfig(
     qk_norm=True,
     dual_attention_layers=(0,),
 )
+MADE_FOR = "sd3_workbench.made_for"  # in a product's metadata
 ASKED_AFTER = 2  # blocks: where the tokens are asked what they show
 BASE = 8  # patches per side of a 128 px picture, for which positions are spaced as in SD3
-
-DrawSamples = Callable[[MMDiT, Path, int], Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,6 +78,10 @@ class FlowStage(LoopConfig):
     middle_weight: float = 0.5  # and where its middle is; both 0: nothing is asked
 
 
+def quick_attention(device: torch.device) -> Attention:
+    return explicit_attention if device.type == "cpu" else attention
+
+
 def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """As models.attention, in three steps.
 
@@ -88,15 +92,15 @@ def explicit_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = No
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
-def new_mmdit(seed: int) -> MMDiT:
+def new_mmdit(seed: int, device: torch.device) -> MMDiT:
     """One that has learnt nothing: it says 0."""
-    model = MMDiT(SIZES, CastOps(), explicit_attention)
+    model = MMDiT(SIZES, CastOps(), quick_attention(device))
     initialise(model, BASE, seed)
     return model
 
 
-def load_mmdit_to_train(path: Path) -> MMDiT:
-    model = load_mmdit(path, ops=CastOps(), attention=explicit_attention)
+def load_mmdit_to_train(path: Path, device: torch.device) -> MMDiT:
+    model = load_mmdit(path, ops=CastOps(), attention=quick_attention(device))
     return model.float().requires_grad_(True)
 
 
@@ -165,10 +169,11 @@ class ShelfTask:
         config: FlowStage,
         device: torch.device,
         dtype: torch.dtype,
-        draw: DrawSamples | None = None,
+        made_for: str = "",
     ):
+        """made_for: the encoders behind the shelves, told in the product."""
         self.model, self.shelves, self.held = model.to(device), shelves, held
-        self.config, self.device, self.dtype, self.draw = config, device, dtype, draw
+        self.config, self.device, self.dtype, self.made_for = config, device, dtype, made_for
         self.objective = RectifiedFlow(LogitNormal(0, 1), Schedule(config.shift))
         self.asked = Asked(model.config.hidden_size, model.config.patch_size).to(device)
         asks = config.label_weight or config.middle_weight
@@ -245,9 +250,9 @@ class ShelfTask:
         return {"loss": sum(means[:-1]) / (len(means) - 1), **named}
 
     def sample(self, folder: Path, step: int) -> None:
-        if self.draw is not None:
-            self.draw(self.model, folder, step)
+        """Nothing to see: no stage knows how to decode."""
 
     def export(self, path: Path, step: int) -> Path:
         state = {PREFIXES["mmdit"] + name: value for name, value in self.model.state_dict().items()}
-        return save_tensors(path, state, {"sd3_workbench.step": str(step)})
+        told = {"sd3_workbench.step": str(step), MADE_FOR: self.made_for}
+        return save_tensors(path, state, told)

@@ -11,9 +11,13 @@
 
     unpack    instead of all before shelves, and flow-64: the shipped model's, to go on from
 
-Everything lies in <output>/sd3/tiny-*; a stage whose product is there does nothing.
+Everything lies in <output>/sd3/tiny-*; a stage whose product is there does nothing, but that a
+larger number of steps extends what was trained there.
 """
 
+import hashlib
+import json
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +25,7 @@ from typing import Any
 
 import torch
 
-from ...checkpoints.header import fingerprint
+from ...checkpoints.header import fingerprint, read_header
 from ...checkpoints.load import load_clip, load_t5, load_vae
 from ...precision import pick_device, pick_dtype
 from ...text.vocabularies import Tokenizers, find_tokenizers
@@ -33,22 +37,26 @@ from ..model import FILE, NAME
 from ..render import draw
 from ..scenes import KINDS
 from .basis import Basis, fit_basis
-from .flow import FlowStage, ShelfTask, compile_blocks, load_mmdit_to_train, new_mmdit
+from .flow import MADE_FOR, FlowStage, ShelfTask, compile_blocks, load_mmdit_to_train, new_mmdit
 from .pack import pack, unpack
 from .samples import HELD, TRAINING, Size, scenes_of
 from .shelf import Encoders, Shelf, write_shelf
 from .text import CLIPStage, CLIPTask, T5Stage, T5Task
 from .vae import VAEStage, VAETask, new_vae
 
+LOCAL = "sd3-tiny-local"
+_NAMES = re.compile(r"sd3-tiny-[\w.-]+")  # embedded.model knows its versions by the beginning
+
 # What a run may change between two starts.
 FREE = ("steps", "checkpoint_every", "keep", "validate_every", "sample_every", "export_every")
 HELD_PICTURES = 128  # of each size, for the validation loss
 LARGE = (128, 128)
+PART = 10_000  # scenes in one file of a shelf: what an interrupt loses, and what memory must hold
 
 
 @dataclass(frozen=True)
 class Numbers:
-    """Scenes that are put on a shelf, and how often a step takes that shelf."""
+    """Scenes that are put on a shelf, and how often a step takes one of them."""
 
     size: Size
     scenes: range
@@ -108,18 +116,20 @@ BUDGETS = {
     ),
     # About an hour of one large GPU, by the guide's estimates; not yet run.
     "gpu": Budget(
-        vae=VAEStage(steps=40_000, batch_size=64),
-        clip=CLIPStage(steps=6000, batch_size=512),
-        t5=T5Stage(steps=6000, batch_size=512),
+        vae=VAEStage(steps=20_000, batch_size=64),
+        clip=CLIPStage(steps=1500, batch_size=512),
+        t5=T5Stage(steps=1500, batch_size=512),
         small=small_pictures(400_000),
         flow_64=FlowStage(steps=14_000, batch_size=1024, ema=0.9995, encoder_dropout_from=0.2),
         large=large_pictures(200_000),
         flow_128=FlowStage(
             steps=10_000,
             batch_size=512,
+            optimizer="muon",
             ema=0.9995,
             shift=3.0,
-            encoder_dropout_from=0.0,
+            encoder_dropout_from=0.55,
+            encoder_dropout_until=0.75,
             lr_schedule="cosine",
         ),
     ),
@@ -138,6 +148,8 @@ class Maker:
     device: str = "auto"
     dtype: str = "auto"  # of the products; what is trained stays float32
     compiled: bool = False  # see flow.compile_blocks
+    name: str = LOCAL  # of the model that is packed
+    first_scene: int = 0  # added to the budget's scenes: pictures that no run has seen yet
     on_step: OnStep = ignore
     on_note: OnNote = ignore
 
@@ -175,16 +187,14 @@ class Maker:
 
     def shelves(self) -> Path:
         """All shelves of both sizes; returns their folder."""
-        files = (self.basis(), self.product("clip"), self.product("t5"))
-        identity = "/".join(map(fingerprint, files))
         encoders = self.encoders()
-        for numbers in (*self.budget.small, *self.budget.large):
+        small = () if self._product("flow-64").exists() else self.budget.small
+        for numbers in (*small, *self.budget.large):
             held = self._held(numbers.size)
-            write_shelf(held, encoders, HELD, range(HELD_PICTURES), numbers.size, identity)
-            path = self._shelf(numbers)
-            self.on_note(f"{path.name}: {len(numbers.scenes)} pictures")
-            scenes, kinds = numbers.scenes, numbers.kinds
-            write_shelf(path, encoders, TRAINING, scenes, numbers.size, identity, kinds)
+            write_shelf(held, encoders, HELD, range(HELD_PICTURES), numbers.size)
+            for path, scenes in self._parts(numbers).items():
+                self.on_note(f"{path.name}: {len(scenes)} pictures")
+                write_shelf(path, encoders, TRAINING, scenes, numbers.size, numbers.kinds)
         return self._shelf_folder
 
     def flow_64(self) -> Path:
@@ -195,9 +205,23 @@ class Maker:
         return self._flow("flow-128", self.budget.flow_128, self.budget.large, before)
 
     def pack(self) -> Path:
+        if self.name == NAME or not _NAMES.fullmatch(self.name):
+            raise ValueError(
+                f"name is {self.name!r}; give another one that begins with sd3-tiny-, such as "
+                f"{LOCAL}. {NAME} is what the pack ships."
+            )
+        mmdit = self.product("flow-128")
+        made_for = read_header(mmdit).metadata.get(MADE_FOR)
+        if made_for and made_for != self._made_for():
+            raise ValueError(
+                f"{mmdit} was trained with other text encoders or another basis than those in "
+                f"{self.output / 'sd3'}: run shelves, flow-64 and flow-128 again, in another "
+                "--output."
+            )
         return pack(
-            self.output / "sd3" / f"{NAME}.safetensors",
-            mmdit=self.product("flow-128"),
+            self.output / "sd3" / f"{self.name}.safetensors",
+            self.name,
+            mmdit=mmdit,
             vae=self.product("vae"),
             clips=self.product("clip"),
             t5=self.product("t5"),
@@ -251,16 +275,39 @@ class Maker:
     ) -> Path:
         def task() -> ShelfTask:
             self._check_vae()
-            model = new_mmdit(config.seed) if start is None else load_mmdit_to_train(start)
+            place, _ = self.machine
+            model = (
+                new_mmdit(config.seed, place)
+                if start is None
+                else load_mmdit_to_train(start, place)
+            )
             if self.compiled:
                 compile_blocks(model)
-            opened = [(Shelf(self._shelf(numbers)), numbers.share) for numbers in shelves]
-            held = Shelf(self._held(shelves[0].size))
-            return ShelfTask(model, opened, held, config, *self.machine)
+            opened = [
+                (self._open(path), numbers.share / len(paths))
+                for numbers, paths in zip(shelves, files, strict=True)
+                for path in paths
+            ]
+            held = self._open(self._held(shelves[0].size))
+            return ShelfTask(model, opened, held, config, *self.machine, self._made_for())
 
-        names = [self._shelf(numbers).name for numbers in shelves]
+        files = [self._parts(numbers) for numbers in shelves]
+        named = [
+            [numbers.share, *(path.name for path in paths)]
+            for numbers, paths in zip(shelves, files, strict=True)
+        ]
         origin = {} if start is None else {"start": fingerprint(start)}
-        return self._run(stage, task, config, {"shelves": names, **origin})
+        return self._run(stage, task, config, {"shelves": named, **origin})
+
+    def _made_for(self) -> str:
+        """One value for all that turns pictures and captions into what the MMDiT sees."""
+        files = (self.basis(), self.product("clip"), self.product("t5"))
+        return "/".join(map(fingerprint, files))
+
+    def _open(self, path: Path) -> Shelf:
+        if not path.exists():
+            raise ValueError(f"{path} is not there: run the stage shelves first.")
+        return Shelf(path)
 
     @torch.inference_mode()
     def _check_vae(self) -> None:
@@ -291,9 +338,12 @@ class Maker:
         settings = plain_settings(config)
         fixed = {key: value for key, value in settings.items() if key not in FREE}
         with open_run(self.output, f"tiny-{stage}") as run:
+            product = product_path(run, "model")
+            if product.exists() and not run.states():
+                self.on_note(f"{stage}: is there, from elsewhere")
+                return product
             dtype = str(self.machine[1])
             run.settle({**fixed, "dtype": dtype, **identity}, config.steps, settings)
-            product = product_path(run, "model")
             if config.steps in run.states() and product.exists():
                 self.on_note(f"{stage}: is finished")
             else:
@@ -312,13 +362,25 @@ class Maker:
     def _shelf_folder(self) -> Path:
         return self.output / "sd3" / "tiny-shelves"
 
-    def _shelf(self, numbers: Numbers) -> Path:
-        (width, height), scenes = numbers.size, numbers.scenes
-        name = f"{width}x{height}-{scenes.start}-{scenes.stop}.safetensors"
-        return self._shelf_folder / name
+    def _parts(self, numbers: Numbers) -> dict[Path, range]:
+        """The files of a shelf and the scenes in each."""
+        first, last = (
+            self.first_scene + end for end in (numbers.scenes.start, numbers.scenes.stop)
+        )
+        parts = [range(start, min(start + PART, last)) for start in range(first, last, PART)]
+        return {
+            self._shelf(numbers.size, f"{part.start}-{part.stop}", numbers.kinds): part
+            for part in parts
+        }
 
     def _held(self, size: Size) -> Path:
-        return self._shelf_folder / f"{size[0]}x{size[1]}-held.safetensors"
+        return self._shelf(size, "held", KINDS)
+
+    def _shelf(self, size: Size, which: str, kinds: Mapping[str, float]) -> Path:
+        """Its name tells all that decides what is in it, so that it is never another's."""
+        behind = json.dumps([self._made_for(), dict(kinds), HELD_PICTURES])
+        value = hashlib.sha256(behind.encode()).hexdigest()[:8]
+        return self._shelf_folder / f"{size[0]}x{size[1]}-{which}-{value}.safetensors"
 
 
 IN_ORDER: dict[str, Callable[[Maker], Path]] = {  # the stages of a model from nothing

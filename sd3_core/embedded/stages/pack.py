@@ -11,7 +11,7 @@ from ...checkpoints.load import load_clip, load_mmdit, load_t5, load_vae
 from ...checkpoints.save import export_checkpoint, save_bytes, save_tensors
 from ...checkpoints.tensors import read_tensors
 from ...text.vocabularies import CHECKPOINT_PREFIXES, FOLDERS, pack_tokenizers
-from ..model import MODEL_KEY, NAME
+from ..model import MODEL_KEY
 from .basis import basis_of
 
 LARGEST = 15_000_000  # bytes
@@ -19,6 +19,7 @@ LARGEST = 15_000_000  # bytes
 
 def pack(
     path: Path,
+    name: str,
     *,
     mmdit: Path,
     vae: Path,
@@ -27,7 +28,9 @@ def pack(
     tokenizers: Path,
     settings: Mapping[str, str],
 ) -> Path:
-    """Write the model; settings go into its metadata.  Raises ValueError when it gets too large.
+    """Write the model; its name and the settings go into its metadata.
+
+    Raises ValueError when it gets too large.
 
     The MMDiT is rounded to what bf16 and fp16 both hold: it is the same in either, and a third
     smaller where the file is compressed.
@@ -40,7 +43,7 @@ def pack(
         "clip_g": load_clip(clips, "clip_g", dtype=half),
         "t5": load_t5(t5, dtype=half),
     }
-    metadata = {MODEL_KEY: NAME, **settings}
+    metadata = {MODEL_KEY: name, **settings}
     written = export_checkpoint(path, parts, metadata, pack_tokenizers(tokenizers))
     if written.stat().st_size > LARGEST:
         raise ValueError(f"{path}: is {written.stat().st_size} bytes, more than {LARGEST}.")
