@@ -101,7 +101,8 @@ def what_to_do(file: Path) -> str:
     if is_shard(file):
         return (
             "It is one shard of several: name the folder they lie in, or their index "
-            "(*.safetensors.index.json) instead."
+            "(*.safetensors.index.json) instead; for ComfyUI, python -m sd3_core export makes one "
+            "file of them."
         )
     return "Download the file again."
 

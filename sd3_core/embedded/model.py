@@ -9,7 +9,7 @@ from .checker import read
 from .requests import advice, parse
 from .verdict import sentence
 
-NAME = "sd3-tiny-5"  # never given to other weights
+NAME = "sd3-tiny-6"  # never given to other weights
 FILE = Path(__file__).with_name(f"{NAME}.safetensors")
 MODEL_KEY = "sd3_workbench.model"  # in the metadata of the file
 
@@ -30,5 +30,6 @@ def check(picture: Tensor, prompt: str) -> str:
 
     Raises ValueError for a prompt outside of the model's world.
     """
-    request = parse(prompt)
-    return sentence(read(picture)[0], request)
+    if said := advice(prompt):
+        raise ValueError(said)
+    return sentence(read(picture)[0], parse(prompt))
