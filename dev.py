@@ -29,7 +29,15 @@ OLDEST_PYTHON = (3, 10)
 
 RUNTIME = ("torch==2.11.0",)
 TORCH_COMPANIONS = ("torchvision==0.26.0", "torchaudio==2.11.0")  # ComfyUI wants all three to match
-CHECKERS = ("pytest==9.2.0", "ruff==0.17.5", "basedpyright==1.40.2", "playwright==1.65.2")
+CHECKERS = (
+    "pytest==9.2.0",
+    "pytest-xdist==3.8.0",
+    "ruff==0.17.5",
+    "basedpyright==1.40.2",
+    "playwright==1.65.2",
+)
+# Two processes, as each starts servers and browsers besides; conftest.py says what stays together.
+SIDE_BY_SIDE = ("-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder")
 ORACLES = (
     'diffusers==0.42.1; python_version >= "3.11"',
     'diffusers==0.41.0; python_version < "3.11"',  # the last release for Python 3.10
@@ -232,14 +240,14 @@ def run(arguments: Sequence[str], threads: int | None = None) -> int:
 def stages(everything: bool, pytest_arguments: Sequence[str]) -> dict[str, list[str]]:
     """What `test` runs, in order. With arguments for pytest it is pytest alone."""
     markers = [] if everything else ["-m", "not long"]
-    tests = {"tests": ["-m", "pytest", "-q", *markers, *pytest_arguments]}
+    pytest = ["-m", "pytest", "-q", *markers]
     if pytest_arguments:
-        return tests
+        return {"tests": [*pytest, *pytest_arguments]}
     return {
         "lint": ["-m", "ruff", "check", "."],
         "format": ["-m", "ruff", "format", "--check", "."],
         "types": ["-m", "basedpyright", "--pythonpath", str(PYTHON)],
-        **tests,  # last, so that the tests' own count closes the log
+        "tests": [*pytest, *SIDE_BY_SIDE],  # last, so that their own count closes the log
     }
 
 

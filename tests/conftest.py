@@ -24,9 +24,21 @@ sys.modules["sd3_pack"] = pack = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 
 
-def pytest_collection_modifyitems(items):
-    """The browser's tests come last: Playwright leaves an event loop running in their thread."""
+# Folders whose tests share a ComfyUI; of two processes one has all of them.
+TOGETHER = {"nodes", "server", "browser"}
+
+
+def pytest_collection_modifyitems(config, items):
+    """The browser's tests come last: Playwright leaves an event loop running in their thread.
+
+    Under `dev.py test` two processes share the files, see TOGETHER.
+    """
     items.sort(key=lambda item: "browser" in item.path.parts)
+    if config.pluginmanager.hasplugin("xdist"):
+        for item in items:
+            path = item.path.relative_to(PACK / "tests")
+            group = path.parts[0] if path.parts[0] in TOGETHER else str(path)
+            item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture

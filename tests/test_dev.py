@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 PACK = Path(__file__).parent.parent
+ALL_STAGES = ["lint", "format", "types", "tests"]
+SIDE_BY_SIDE = ["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
 
 
 @pytest.fixture
@@ -126,8 +128,8 @@ def test_a_pip_without_network_ends_in_one_sentence(dev, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("arguments", "stages", "pytest_command"),
     [
-        ([], ["lint", "format", "types", "tests"], ["-m", "pytest", "-q", "-m", "not long"]),
-        (["--all"], ["lint", "format", "types", "tests"], ["-m", "pytest", "-q"]),
+        ([], ALL_STAGES, ["-m", "pytest", "-q", "-m", "not long", *SIDE_BY_SIDE]),
+        (["--all"], ALL_STAGES, ["-m", "pytest", "-q", *SIDE_BY_SIDE]),
         (["-k", "x"], ["tests"], ["-m", "pytest", "-q", "-m", "not long", "-k", "x"]),
         (["--all", "tests/core"], ["tests"], ["-m", "pytest", "-q", "tests/core"]),
     ],
