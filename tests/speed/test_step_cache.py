@@ -148,8 +148,8 @@ def test_a_step_that_is_left_out_calls_no_block(embedded, sampler):
 )
 def test_the_distance_stays_small_with_all_kinds_of_guidance(embedded, changes):
     plain, _, _ = drawn(embedded, **changes)
-    latents, _, cache = drawn(embedded, step_cache=0.1, **changes)
-    assert cache.reused >= 2
+    latents, _, cache = drawn(embedded, step_cache=0.07, **changes)
+    assert cache.reused >= 1
     assert 0 < relative_rms(latents, plain) < 0.15
 
 
