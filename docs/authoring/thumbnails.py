@@ -61,14 +61,16 @@ def runs_here(graph: Graph) -> bool:
 
 
 def pictures(graph: Graph) -> list[Image.Image]:
-    """What a run of it shows."""
+    """What a run of it saves, or lays before the person who picks."""
     import folder_paths
 
     register()
     with tempfile.TemporaryDirectory() as folder:
         folder_paths.set_output_directory(folder)
         folder_paths.set_temp_directory(folder)
-        return [Image.open(path).convert("RGB") for path in run(api_form(graph))]
+        saved = list(run(api_form(graph)))
+        candidates = sorted(Path(folder).glob("sd3_picks/*/pictures/*.png"))
+        return [Image.open(path).convert("RGB") for path in saved or candidates]
 
 
 def montage(shown: Sequence[Image.Image]) -> Image.Image:
