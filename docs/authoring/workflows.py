@@ -628,7 +628,7 @@ def before_after(graph: Graph) -> None:
     train = taught(graph, load)
     for title, model in (("Before", load["MODEL"]), ("After", train["MODEL"])):
         graph.group(title)
-        picture = draw(graph, load, NEW_WORD, model=model, seed=SEED + 1)
+        picture = draw(graph, load, NEW_WORD, model=model, seed=SEED + 2)
         prefix = f"sd3/{graph.name}-{title.lower()}"
         graph.node("SaveImage", images=picture, filename_prefix=prefix)
 
