@@ -49,16 +49,17 @@ class TrainingData:
 def data_roots() -> list[Path]:
     registered = folder_paths.folder_names_and_paths.get("datasets", ([], set()))[0]
     own = (folder_paths.get_input_directory(), folder_paths.get_output_directory())
-    return [Path(root).resolve() for root in (*own, *registered)]
+    return [Path(root).absolute() for root in (*own, *registered)]
 
 
 def find_data(name: str) -> Path:
     """The folder (or .jsonl file) of this name below one of the roots.  Raises NodeError."""
     wanted = name.strip().replace("\\", "/")
     roots = data_roots()
+    places = {*roots, *(root.resolve() for root in roots)}  # a root may be a link itself
 
     def is_inside(path: Path) -> bool:
-        return path != root and any(one in path.parents for one in roots)
+        return path not in places and not places.isdisjoint(path.parents)
 
     for root in roots if wanted else ():
         # An absolute name stays what it is.  As text first: to look at //host/share asks that host.
@@ -66,10 +67,10 @@ def find_data(name: str) -> Path:
         with suppress(OSError, ValueError):  # a name that no file can have
             if is_inside(path) and is_inside(path := path.resolve()) and is_data(path):
                 return path
-    places = ", ".join(str(root) for root in roots)
+    known = ", ".join(str(root) for root in roots)
     raise NodeError(
         "missing_file",
-        f"folder is {name!r}; there is no such folder in {places}. Copy the pictures there, or "
+        f"folder is {name!r}; there is no such folder in {known}. Copy the pictures there, or "
         "register their place as `datasets` in extra_model_paths.yaml.",
     )
 

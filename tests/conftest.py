@@ -24,7 +24,7 @@ sys.modules["sd3_pack"] = pack = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 
 
-# Folders whose tests share a ComfyUI; of two processes one has all of them.
+# Folders whose tests share a ComfyUI: of several processes one has the whole folder.
 TOGETHER = {"nodes", "server", "browser"}
 
 

@@ -681,7 +681,7 @@ def train_dpo(graph: Graph) -> None:
     graph.group("Compare")
     before = draw(graph, load, ROUND, count=8, seed=SEED + 1)
     after = draw(graph, load, ROUND, count=8, seed=SEED + 1, model=train["MODEL"])
-    graph.node(
+    graph.node(  # no SaveImage behind it, as in blind-comparison
         "SD3Pick",
         images=before,
         pick_name="prefer-guided",
@@ -694,7 +694,6 @@ def train_dpo(graph: Graph) -> None:
         judge="checker",
         model_b=train["MODEL"],
     )
-    graph.node("SaveImage", images=after, filename_prefix=f"sd3/{graph.name}")
 
 
 def prompt_and_seed(graph: Graph) -> tuple[Output, Output]:

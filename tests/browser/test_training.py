@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+from api_workflows import EMBEDDED, node
 from comfy_page import Editor
 from training_set import write_pictures
 
@@ -33,16 +34,10 @@ DROP = """([name, content]) => {
 }"""
 
 
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
-
-
 def training(run_name: str, steps: int):
     """A LoRA of the built-in model, in API form."""
     return {
-        str(LOADER): node(
-            "SD3LoadCheckpoint", ckpt_name="SD3 Tiny (built-in: draws coloured shapes)"
-        ),
+        str(LOADER): node("SD3LoadCheckpoint", ckpt_name=EMBEDDED),
         str(PICTURES): node(
             "SD3TrainingImages", clip=["1", 1], vae=["1", 2], folder="shapes", repeats=1
         ),

@@ -11,7 +11,7 @@ from sd3_pack.sd3_core.checkpoints import load
 from sd3_pack.sd3_core.checkpoints.header import DTYPES, read_header
 from sd3_pack.sd3_core.checkpoints.layouts import find_components
 from sd3_pack.sd3_core.checkpoints.load import load_mmdit, load_t5, read_state_dict
-from sd3_pack.sd3_core.checkpoints.save import export_checkpoint, save_tensors
+from sd3_pack.sd3_core.checkpoints.save import export_checkpoint, save_bytes, save_tensors
 from sd3_pack.sd3_core.checkpoints.tensors import map_tensors, read_bytes
 from sd3_pack.sd3_core.errors import CheckpointError
 from tiny import (
@@ -103,6 +103,19 @@ def test_over_a_file_in_use_the_new_one_gets_a_name_beside_it(tmp_path, monkeypa
     assert written == tmp_path / "x-2.safetensors"
     assert set(load_file(written)) == {"new"}
     assert set(load_file(path)) == set(TENSORS)
+
+
+def test_a_file_that_is_read_back_by_its_name_gets_no_name_beside_it(tmp_path, monkeypatch):
+    path = save_bytes(tmp_path / "log.jsonl", b"old")
+
+    def in_use(*_):
+        raise PermissionError(errno.EACCES, "Access is denied")
+
+    monkeypatch.setattr(os, "replace", in_use)
+    with pytest.raises(CheckpointError, match="cannot be written: Access is denied"):
+        save_bytes(path, b"new", aside=False)
+    assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
+    assert path.read_bytes() == b"old"
 
 
 @pytest.mark.parametrize("layout", ["single", "split", "bare", "diffusers"])

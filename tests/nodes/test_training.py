@@ -545,15 +545,26 @@ def test_a_name_outside_is_not_even_looked_at(monkeypatch):
     """On Windows a look at //host/share tells that host who is asking."""
     looked = []
     original = Path.resolve
-    roots = datasets.data_roots()
-    monkeypatch.setattr(datasets, "data_roots", lambda: roots)
+    roots = {root for one in datasets.data_roots() for root in (one, one.resolve())}
     monkeypatch.setattr(
         Path, "resolve", lambda path, *given: (looked.append(path), original(path, *given))[1]
     )
     for name in ("//host/share", "\\\\host\\share\\x", "/etc", "../x"):
         with pytest.raises(NodeError):
             datasets.find_data(name)
-    assert not looked
+    assert set(looked) <= roots
+
+
+def test_a_root_may_be_a_link(places, tmp_path, monkeypatch):
+    import folder_paths
+
+    (tmp_path / "linked").symlink_to(places / "input", target_is_directory=True)
+    monkeypatch.setattr(folder_paths, "input_directory", str(tmp_path / "linked"))
+    for name in ("pictures", str(tmp_path / "linked" / "pictures"), str(places / "input/pictures")):
+        assert datasets.find_data(name) == (places / "input" / "pictures").resolve()
+    for root in (tmp_path / "linked", places / "input"):
+        with pytest.raises(NodeError, match="missing_file"):
+            datasets.find_data(str(root))
 
 
 def test_a_link_out_of_the_folder_is_not_followed(places, tmp_path_factory):

@@ -3,15 +3,11 @@
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from api_workflows import text_to_image
+from api_workflows import node, text_to_image
 from comfy_server import Refused, reports
 
 PROMPT = "two red circles on a white background"
 ADDRESS = "/sd3_workbench/picks/{}"
-
-
-def node(kind, **inputs):
-    return {"class_type": kind, "inputs": inputs}
 
 
 def drawing(pick_name: str, seed: int):

@@ -5,6 +5,10 @@ from typing import Any
 EMBEDDED = "SD3 Tiny (built-in: draws coloured shapes)"
 
 
+def node(kind: str, **inputs: Any) -> dict[str, Any]:
+    return {"class_type": kind, "inputs": inputs, "_meta": {"title": kind}}
+
+
 def text_to_image(
     checkpoint: str = EMBEDDED,
     prompt: str = "a red circle",

@@ -231,11 +231,8 @@ def test_a_run_that_spoils_its_winners_ends_with_a_sentence_and_stays_ended(conf
 
 
 def test_the_last_measurement_is_judged_too_and_the_verdict_is_kept(config, monkeypatch):
-    gaps = iter([0.0, -0.1, 0.1, 0.2, 0.3])
-    monkeypatch.setattr(
-        DPOTask, "validate", lambda task: {"loss": 0.5 + next(gaps), "winner_gap": next(seen)}
-    )
-    seen = iter([0.0, -0.1, 0.1, 0.2, 0.3])
+    measured = iter({"loss": 0.5 + gap, "winner_gap": gap} for gap in (0.0, -0.1, 0.1, 0.2, 0.3))
+    monkeypatch.setattr(DPOTask, "validate", lambda task: next(measured))
     config = replace(config, steps=8, validate_every=2)
     outcome = train(config)
     assert outcome.step == 8
