@@ -17,6 +17,10 @@ class Conditioning:
             self.context.to(device=device, dtype=dtype), self.pooled.to(device=device, dtype=dtype)
         )
 
+    def rows(self, rows: Tensor) -> "Conditioning":
+        """Some of the prompts: rows are their places, or a mask [B]."""
+        return Conditioning(self.context[rows], self.pooled[rows])
+
     def repeat(self, batch: int) -> "Conditioning":
         """The same prompts for a batch this many times as large."""
         return Conditioning(self.context.repeat(batch, 1, 1), self.pooled.repeat(batch, 1))

@@ -95,6 +95,7 @@ class GivenBatches(Batches):
             conditioning=Conditioning(given["context"], given["pooled"]),
             mask=None,
             weights=torch.ones(len(rows)),
+            prior=torch.zeros(len(rows), dtype=torch.bool),
         )
 
 

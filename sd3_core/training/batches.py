@@ -40,6 +40,7 @@ class Batch:
     conditioning: Conditioning
     mask: Tensor | None  # [B, 1, H, W]
     weights: Tensor  # [B], factors of the loss
+    prior: Tensor  # [B] bool: held to the network's own answer; see folders.Source
 
 
 def generator(*counters: int | str) -> torch.Generator:
@@ -75,6 +76,7 @@ class Batches:
             conditioning=Conditioning.cat(prompts),
             mask=stacked_masks(latents),
             weights=torch.tensor([draw.weight for draw in draws]),
+            prior=torch.tensor([self.dataset.items[draw.item].prior for draw in draws]),
         )
 
     def x0(self, latents: CachedLatents, place: tuple[int, int, int]) -> Tensor:

@@ -100,6 +100,7 @@ class TrainConfig(LoopConfig):
     caption_dropout: float = 0.1  # how often a caption is replaced by the empty one
     encoder_dropout: float = 0.0  # how often each encoder is zeroed; pre-training: 0.464
     posterior: bool = True  # draw from the VAE's posterior; False: train on its mean
+    prior_weight: float = 1.0  # of the loss on pictures given with prior = true
 
     # Objective
     objective: str = (
@@ -183,6 +184,7 @@ class TrainConfig(LoopConfig):
         _check(self, "dpo_sft_weight", 0 <= self.dpo_sft_weight < math.inf, "0 (none) or more")
         _check(self, "dpo_loser_scale", 0 <= self.dpo_loser_scale <= 1, "between 0 and 1")
         _check(self, "dpo_patience", self.dpo_patience >= 0, "a whole number from 0")
+        self._check_prior()
         if self.method == "dpo" and self.lora_dropout:
             raise ValueError(
                 "lora_dropout must be 0 for DPO: winner, loser and reference have to meet the same "
@@ -196,6 +198,27 @@ class TrainConfig(LoopConfig):
         if self.trains_lora and self.qk_norm:
             raise ValueError(
                 'qk_norm = true adds weights that no LoRA file can carry: use method = "full".'
+            )
+
+    def _check_prior(self) -> None:
+        good = 0 < self.prior_weight < math.inf
+        _check(self, "prior_weight", good, "above 0; for none leave the prior away")
+        prior = [source.path for source in self.data if source.prior]
+        if prior and self.method != "lora":
+            raise ValueError(
+                f"{prior[0]} is given with prior = true, which holds a LoRA to what the network "
+                f'answers without it; method is "{self.method}". Take prior away, or set method = '
+                '"lora".'
+            )
+        if prior and len(prior) == len(self.data):
+            raise ValueError(
+                f"{prior[0]} is given with prior = true, and nothing else: name the pictures to "
+                "learn from as well."
+            )
+        if held := [source.path for source in self.validation_data if source.prior]:
+            raise ValueError(
+                f"{held[0]}: prior has no meaning in validation_data, which is measured against "
+                "the pictures; take it away."
             )
 
     @property
@@ -289,7 +312,8 @@ def told_settings(config: LoopConfig) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     if isinstance(value, Source):
-        return {"path": value.path.as_posix(), "repeats": value.repeats, "weight": value.weight}
+        plain = {"path": value.path.as_posix(), "repeats": value.repeats, "weight": value.weight}
+        return {**plain, "prior": True} if value.prior else plain
     if isinstance(value, Path):
         return value.as_posix()
     return [_plain(one) for one in value] if isinstance(value, tuple) else value
@@ -354,13 +378,14 @@ def _source(value: Any) -> Source:
         return value
     if isinstance(value, str | Path):
         return Source(Path(value))
-    known = {"path", "repeats", "weight"}
+    known = {"path", "repeats", "weight", "prior"}
     if not isinstance(value, Mapping) or not {"path"} <= set(value) <= known:
         raise TypeError
     return Source(
         Path(_of(value["path"], str)),
         _of(value.get("repeats", 1), int),
         float(_of(value.get("weight", 1.0), int, float)),
+        _of(value.get("prior", False), bool),
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from ..checkpoints.save import save_bytes
 from .report import some_names
 
-PARTS = ("captions", "picture", "size, crop, repeats or weight")
+PARTS = ("captions", "picture", "size, crop, repeats, weight or prior")
 
 Contents = Mapping[str, Sequence[str]]  # by the item's name a short hash of each of its PARTS
 

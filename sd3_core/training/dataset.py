@@ -39,6 +39,7 @@ class Item:
     captions: Captions  # one source or two (original, synthetic), each with a caption at least
     repeats: int = 1  # times an epoch
     weight: float = 1.0  # factor of its loss
+    prior: bool = False  # see folders.Source
     loser: "Item | None" = None  # of a preference: the picture that this one was preferred to
 
 
@@ -109,7 +110,7 @@ class Dataset:
         described = hashlib.sha256(repr(self.original_share).encode())
         for item in self.items:
             facts = (item.picture.key, item.bucket, item.captions, item.repeats, item.weight)
-            described.update(repr(facts).encode())
+            described.update(repr(facts).encode() + (b"prior" if item.prior else b""))
             if item.loser is not None:
                 described.update(item.loser.picture.key.encode())
         return described.hexdigest()
@@ -137,6 +138,7 @@ def _parts(item: Item) -> tuple[str, ...]:
     """An item's contents.PARTS; a pair's pictures count together."""
     pictures = [one.picture for one in (item, item.loser) if one is not None]
     framing = ([one.key for one in pictures], item.bucket, item.repeats, item.weight)
+    framing += (item.prior,) if item.prior else ()
     parts = (item.captions, [one.digest for one in pictures], framing)
     return tuple(short_hash(part) for part in parts)
 
@@ -154,7 +156,13 @@ class Used:
         found = self.found
         captions = found.captions or (("",),)
         return Item(
-            found.name, self.picture, self.picture.bucket, captions, found.repeats, found.weight
+            found.name,
+            self.picture,
+            self.picture.bucket,
+            captions,
+            found.repeats,
+            found.weight,
+            found.prior,
         )
 
     @property
@@ -282,6 +290,8 @@ def _report(
     return Report(
         pictures=len(items),
         draws=sum(item.repeats for item in items),
+        prior=sum(item.prior for item in items),
+        prior_draws=sum(item.repeats for item in items if item.prior),
         buckets=_bucket_counts(items),
         skipped=tuple(skipped),
         without_caption=tuple(one.found.name for one in used if not one.found.captions),

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import lora
 from ..checkpoints.layouts import PREFIXES
 from ..checkpoints.lora_files import save_lora
 from ..checkpoints.save import save_tensors
@@ -16,12 +17,12 @@ from ..conditioning import Conditioning
 from ..lora import TrainableLoRA
 from ..models.mmdit import MMDiT
 from ..precision import check_finite
-from .batches import Batches, generator
+from .batches import Batch, Batches, generator
 from .config import TrainConfig
 from .dataset import Item
 from .distributed import World
 from .loop import Losses, Poll, never
-from .objectives import Objective, Predict
+from .objectives import Objective, Predict, Question
 from .optimizers import Parameters
 from .validation import validation_loss
 
@@ -45,6 +46,12 @@ class Place:
 
 class FlowTask:
     """Predict what the objective asks for, at a random time of a picture, given its caption.
+
+    Of prior pictures that is what the network answers without the LoRA: the loss is how far it has
+    been moved, begins at 0, and has none of the noise of the data's target.  So what the network
+    knows is kept by its own account, whether or not it draws as those pictures are.  (Prior
+    preservation after Ruiz et al. 2023, arXiv:2208.12242, section 3.2, whose target are pictures
+    that the network has drawn.)
 
     adapters: a LoRA on the model, which is then all that is trained.  metadata: for the product, by
     its step.  held: what is validated on.  poll: asked before each pass of the network.
@@ -85,15 +92,22 @@ class FlowTask:
     def loss(self, step: int, rows: range, size: int) -> Losses:
         batch = self.batches.samples(step, rows, size)
         device = self.place.device
+        x0, noise, t = batch.x0.to(device), batch.noise.to(device), self.objective.draw(batch.u)
+        question = self.objective.ask(x0, noise, t)
+        if batch.prior.any():
+            question = self.as_before(question, batch)
         with self._dropout(step, rows.start):
-            each = self.objective.loss(
-                self.network(batch.conditioning),
-                batch.x0.to(device),
-                batch.noise.to(device),
-                self.objective.draw(batch.u),
-                batch.mask,
-            )
+            each = question.loss(self.network(batch.conditioning), batch.mask)
         return Losses(each * batch.weights.to(each.device))
+
+    @torch.no_grad()
+    def as_before(self, question: Question, batch: Batch) -> Question:
+        """The question, of prior samples answered by the network without the LoRA."""
+        rows = batch.prior.nonzero().flatten().to(question.x.device)
+        base = self.network(batch.conditioning.rows(batch.prior))
+        with lora.disabled(self.model):
+            answers = base(question.x[rows], question.timestep[rows])
+        return replace(question, target=question.target.index_copy(0, rows, answers))
 
     @contextmanager
     def _dropout(self, step: int, row: int) -> Iterator[None]:

@@ -32,11 +32,14 @@ class Source:
 
     repeats: how often an epoch shows each picture, on top of the repeats in kohya's folder names.
     weight: factor of its pictures' loss.
+    prior: nothing is learnt from these pictures: on them a LoRA is held to what the network answers
+        without it (prior preservation; see flow.FlowTask).
     """
 
     path: Path
     repeats: int = 1
     weight: float = 1.0
+    prior: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,7 @@ class Found:
     repeats: int
     row: Row
     weight: float
+    prior: bool = False  # see Source
 
 
 @dataclass(frozen=True)
@@ -103,7 +107,7 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
             skipped.append(Skipped(shown, str(error)))
             continue
         times, weight = repeats * source.repeats, row.weight * source.weight
-        found.append(Found(path, shown, captions, times, row, weight))
+        found.append(Found(path, shown, captions, times, row, weight, source.prior))
     for path, row in rows.items():
         shown = prefix + path.relative_to(source.path).as_posix()
         skipped.append(Skipped(shown, f"{row.line} names it, but no such picture is used"))

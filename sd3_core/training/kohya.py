@@ -16,7 +16,7 @@ ALWAYS_SO = frozenset(
         *("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "save_state"),
         *("cache_text_encoder_outputs_to_disk", "save_state_on_train_end", "skip_cache_check"),
         *("sdpa", "xformers", "mem_eff_attn", "highvram", "lowvram", "vae_batch_size"),
-        *("max_data_loader_n_workers", "persistent_data_loader_workers", "prior_loss_weight"),
+        *("max_data_loader_n_workers", "persistent_data_loader_workers"),
         *("logging_dir", "log_with", "log_prefix", "console_log_level", "metadata_title"),
     )
 )
@@ -105,7 +105,7 @@ DEFAULTS_THERE = {
 }
 
 
-_OF_A_SOURCE = ("subsets", "image_dir", "num_repeats")
+_OF_A_SOURCE = ("subsets", "image_dir", "num_repeats", "is_reg")
 
 
 @dataclass(frozen=True)
@@ -175,13 +175,17 @@ class Translation:
             "max_timestep": lambda value: self._put("highest_sigma", value / 1000),
             "sample_prompts": self._prompts,
             "datasets": self._datasets,
+            "reg_data_dir": self._prior_folder,
+            "prior_loss_weight": self._prior_weight,
         }
 
     def read(self, table: dict[str, Any]) -> None:
         order = {
-            "max_train_steps": 0,
-            "datasets": 2,
-        }  # a warm-up may be a part; a dataset's own win
+            "max_train_steps": 0,  # a warm-up may be a part
+            "datasets": 2,  # its own settings win
+            "reg_data_dir": 2,
+            "prior_loss_weight": 3,
+        }
         table = dict(sorted(table.items(), key=lambda entry: order.get(entry[0], 1)))
         self._density(table)
         self._encoder_dropout(table)
@@ -275,11 +279,27 @@ class Translation:
                 source = {"path": subset.get("image_dir", "")}
                 if "num_repeats" in subset:
                     source["repeats"] = subset["num_repeats"]
+                if subset.get("is_reg"):
+                    source["prior"] = True
                 data.append(source)
             for table in (dataset, *dataset.get("subsets", [])):
                 own = {k: v for k, v in table.items() if k not in _OF_A_SOURCE}
                 self._own(own, f"dataset {number}" if number > 1 else "")
         return self._put("data", data)
+
+    def _prior_folder(self, value: str) -> bool:
+        data = self.settings.get("data", [])
+        data = [{"path": data}] if isinstance(data, str) else data
+        return bool(value) and self._put("data", [*data, {"path": value, "prior": True}])
+
+    def _prior_weight(self, value: float) -> bool:
+        """0 there: regularisation pictures do not count."""
+        if value:
+            return self._put("prior_weight", value)
+        data = self.settings.get("data", "")
+        if not isinstance(data, str):
+            self._put("data", [one for one in data if not one.get("prior")])
+        return True
 
     def _own(self, table: Mapping[str, Any], later: str) -> None:
         """Settings of one dataset: here they are those of the run, so the first one's count."""

@@ -2,7 +2,8 @@
 
 The paper's rectified flow, and the diffusion baselines it was compared with, on one protocol:
     draw(u)      uniform numbers -> times t: 0 is data, 1 is noise
-    loss(...)    one number per sample, to be averaged by the caller
+    ask(...)     data and noise -> what the network is shown, and what it should answer
+    loss(...)    its squared error: one number per sample, to be averaged by the caller
     sample(...)  noise -> x0, deterministic
 All of it is float32 and knows of a network only `predict(x, timestep) -> output`.  No random
 numbers, no gradient switches: both are the caller's.
@@ -12,9 +13,10 @@ The losses of different objectives cannot be compared with each other, only thei
 Esser et al. 2024 (arXiv:2403.03206), sections 2 and 3.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, Protocol, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -31,23 +33,42 @@ Predict = Callable[[Tensor, Tensor], Tensor]
 LossSpace = Literal["velocity", "x0", "eps"]
 
 
-class Objective(Protocol):
+@dataclass(frozen=True)
+class Question:
+    """What the network is shown, and what it should answer."""
+
+    x: Tensor  # [B, C, H, W], float32
+    timestep: Tensor  # [B] in 0 ... 1000
+    target: Tensor  # like x
+    weight: Tensor | float = 1.0  # [B], of the squared error
+
+    def loss(self, predict: Predict, mask: Tensor | None = None) -> Tensor:
+        """Squared error of the network's answer, per sample: [B], float32."""
+        answer = predict(self.x, self.timestep).float()
+        return self.weight * masked_mean((answer - self.target) ** 2, mask)
+
+
+class Objective(ABC):
     """What can be trained and sampled from."""
 
+    @abstractmethod
     def draw(self, u: Tensor) -> Tensor:
         """The times of a batch: u [B] uniform in [0, 1] -> t [B] in [0, 1], float32."""
-        ...
+
+    @abstractmethod
+    def ask(self, x0: Tensor, noise: Tensor, t: Tensor) -> Question:
+        """x0, noise: [B, C, H, W]; t: [B] in [0, 1], ends included."""
 
     def loss(
         self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, mask: Tensor | None = None
     ) -> Tensor:
         """Squared error of the network's answer, per sample: [B], float32.
 
-        x0, noise: [B, C, H, W]; t: [B] in [0, 1], ends included; mask: [B or 1, 1, H, W], see
-        `masked_mean`.
+        As `ask`; mask: [B or 1, 1, H, W], see `masked_mean`.
         """
-        ...
+        return self.ask(x0, noise, t).loss(predict, mask)
 
+    @abstractmethod
     def sample(
         self, predict: Predict, noise: Tensor, steps: int, on_step: OnStep | None = None
     ) -> Tensor:
@@ -55,7 +76,6 @@ class Objective(Protocol):
 
         noise: standard normal, not scaled.  Raises ValueError for steps below 1.
         """
-        ...
 
 
 def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
@@ -74,7 +94,7 @@ def masked_mean(error: Tensor, mask: Tensor | None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class RectifiedFlow:
+class RectifiedFlow(Objective):
     """The straight path from data to noise, and its constant velocity: SD3's own objective.
 
     z_t = (1 - t) x0 + t noise, of which the network predicts the velocity, noise - x0.
@@ -126,15 +146,13 @@ class RectifiedFlow:
         slope = shift / (1 + (shift - 1) * t) ** 2  # d sigma / d t
         return self.visited().pdf(t) / slope
 
-    def loss(
-        self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
+    def ask(self, x0: Tensor, noise: Tensor, t: Tensor) -> Question:
         """w_t = t / (1 - t) in the paper's terms, which is weight 1 on the velocity."""
         t = t.to(x0.device, torch.float32)
-        z = add_noise(x0, noise, t)
-        velocity = predict(z, self.schedule.timestep(t)).float()
-        error = (velocity - (noise.float() - x0.float())) ** 2
-        return self.weight(t) * masked_mean(error, mask)
+        velocity = noise.float() - x0.float()
+        return Question(
+            add_noise(x0, noise, t), self.schedule.timestep(t), velocity, self.weight(t)
+        )
 
     def weight(self, t: Tensor) -> Tensor:
         """Of the velocity's squared error: x0 = z - t v and eps = z + (1 - t) v."""
@@ -162,7 +180,7 @@ class Ends:
 
 
 @dataclass(frozen=True)
-class VariancePreserving:
+class VariancePreserving(Objective):
     """Diffusion on a variance-preserving path, uniform in time: the baselines eps and v.
 
     predicts: "eps", the noise (Ho et al. 2020, arXiv:2006.11239, equation 14), or "v", which is
@@ -175,14 +193,11 @@ class VariancePreserving:
     def draw(self, u: Tensor) -> Tensor:
         return Uniform().sample(u)
 
-    def loss(
-        self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
+    def ask(self, x0: Tensor, noise: Tensor, t: Tensor) -> Question:
         x0, noise = x0.float(), noise.float()
         a, b = (per_image(level, x0) for level in self.path.coefficients(t))
-        output = predict(a * x0 + b * noise, self.path.timestep(t).to(x0.device)).float()
         target = noise if self.predicts == "eps" else a * noise - b * x0
-        return masked_mean((output - target) ** 2, mask)
+        return Question(a * x0 + b * noise, self.path.timestep(t).to(x0.device), target)
 
     def sample(
         self, predict: Predict, noise: Tensor, steps: int, on_step: OnStep | None = None
@@ -211,7 +226,7 @@ class VariancePreserving:
 
 
 @dataclass(frozen=True)
-class EDM:
+class EDM(Objective):
     """Karras et al. 2022 (arXiv:2206.00364): z = x0 + b noise, ln b ~ N(mean, std^2).
 
     Time is t = b / (1 + b), the noise level at which the rectified flow has the same
@@ -240,14 +255,11 @@ class EDM:
     def draw(self, u: Tensor) -> Tensor:
         return LogitNormal(self.mean, self.std).sample(u)
 
-    def loss(
-        self, predict: Predict, x0: Tensor, noise: Tensor, t: Tensor, mask: Tensor | None = None
-    ) -> Tensor:
+    def ask(self, x0: Tensor, noise: Tensor, t: Tensor) -> Question:
         data, noise = x0.float() / self.data_std, noise.float()
         t = t.to(data.device, torch.float32)
         cos, sin = self.angle(per_image(t, data))
-        output = predict(cos * data + sin * noise, Schedule.timestep(t)).float()
-        return masked_mean((output - (sin * data - cos * noise)) ** 2, mask)
+        return Question(cos * data + sin * noise, Schedule.timestep(t), sin * data - cos * noise)
 
     def angle(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """Cosine and sine of arctan(b / data_std), b = t / (1 - t)."""

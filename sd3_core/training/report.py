@@ -23,6 +23,8 @@ class Report:
     pictures: int
     draws: int  # pictures times their repeats: an epoch, before batches are filled up
     buckets: dict[tuple[int, int], int]  # (width, height) -> pictures
+    prior: int = 0  # pictures that only keep what the network knows
+    prior_draws: int = 0  # their share of the draws
     skipped: tuple[Skipped, ...] = ()
     without_caption: tuple[str, ...] = ()  # they are trained with the empty prompt
     small: tuple[str, ...] = ()  # enlarged to fill their bucket
@@ -36,6 +38,12 @@ class Report:
         """The report as text."""
         sizes = ", ".join(f"{width}x{height}: {n}" for (width, height), n in self.buckets.items())
         lines = [f"{counted(self.pictures, 'picture')}, {self.draws} draws an epoch; {sizes}"]
+        if self.prior:
+            share = self.prior_draws / self.draws
+            lines.append(
+                f"{counted(self.prior, 'picture')} of these keep what the model knows: {share:.0%} "
+                "of the draws"
+            )
         for folder, repeats in self.repeated_folders.items():
             lines.append(f"{folder}: {repeats} repeats, from the folder's name")
         lines += first_lines([f"skipped {one.name}: {one.reason}" for one in self.skipped])

@@ -69,7 +69,7 @@ def find_subject(config: TrainConfig, poll: Poll = never) -> Subject:
     held = None
     if config.validation_data and config.validate_every:
         held = dataset_of(config, config.validation_data, resolution, poll)
-    dataset = dataset_of(config, config.data, resolution, poll)
+    dataset = dataset_of(config, weighed(config), resolution, poll)
     return Subject(
         parts, sizes["mmdit"], preset, kind, resolution, schedule, objective, dataset, held
     )
@@ -138,6 +138,14 @@ def new_mmdit(config: TrainConfig, sizes: Mapping[str, Any]) -> MMDiTConfig:
         pos_embed_max_size=config.position_size,
         qk_norm=qk_norm,
         dual_attention_layers=config.dual_attention_blocks,
+    )
+
+
+def weighed(config: TrainConfig) -> tuple[Source, ...]:
+    """The sources to train on, those of the prior with its weight."""
+    return tuple(
+        replace(source, weight=source.weight * config.prior_weight) if source.prior else source
+        for source in config.data
     )
 
 

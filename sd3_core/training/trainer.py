@@ -53,6 +53,7 @@ from .validation import chosen
 FREE = (
     *("run_name", "output", "steps", "batch_size", "accumulation", "check_memory"),
     *("gradient_checkpointing", "save_dtype"),
+    "prior_weight",  # it stands in the pictures' weights
     *("data", "validation_data", "checkpoint", "tokenizers", *FLAGS),
 )
 

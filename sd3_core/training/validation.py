@@ -22,9 +22,10 @@ Network = Callable[[Conditioning], Predict]
 
 
 def chosen(dataset: Dataset, most: int) -> list[Item]:
-    """At most so many items, evenly spread."""
-    count = min(most, len(dataset.items))
-    return [dataset.items[index * len(dataset.items) // count] for index in range(count)]
+    """At most so many of the items that are learnt from, evenly spread."""
+    items = [item for item in dataset.items if not item.prior]
+    count = min(most, len(items))
+    return [items[index * len(items) // count] for index in range(count)]
 
 
 @torch.no_grad()

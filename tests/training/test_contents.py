@@ -43,7 +43,7 @@ CHANGES = {
     ),
     "another bucket": (
         lambda at: (at / "metadata.jsonl").write_text('{"file_name": "4.png", "bucket": [32, 64]}'),
-        ["size, crop, repeats or weight changed: 4.png"],
+        ["size, crop, repeats, weight or prior changed: 4.png"],
     ),
     "a broken picture": (lambda at: (at / "5.png").write_bytes(b"half"), ["removed: 5.png"]),
     "many": (
@@ -88,7 +88,7 @@ def test_another_loser_of_a_pair_is_another_picture(tmp_path):
 
 def test_repeats_are_told(folder):
     (line,) = changes(contents(folder), contents(folder, repeats=2))
-    assert line.startswith("size, crop, repeats or weight changed: 0.png, 1.png, ")
+    assert line.startswith("size, crop, repeats, weight or prior changed: 0.png, 1.png, ")
 
 
 def test_a_mere_change_of_order_is_told(folder):

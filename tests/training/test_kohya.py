@@ -170,3 +170,34 @@ def test_the_command_prints_ours_and_lists_the_rest(file, capsys):
     said = capsys.readouterr()
     assert make_config(read_toml(said.out)).rank == 32
     assert "not used: flip_aug = True: pictures are never mirrored" in said.err
+
+
+REGULARISED = """
+[[datasets]]
+  [[datasets.subsets]]
+  image_dir = "cats"
+  [[datasets.subsets]]
+  image_dir = "others"
+  is_reg = true
+"""
+
+
+def test_regularisation_pictures_become_the_prior(file):
+    (file.parent / "data.toml").write_text(REGULARISED)
+    beginning = 'dataset_config = "data.toml"\n'
+    file.write_text(beginning + "prior_loss_weight = 0.5\n" + GIVEN)
+    translated = translate(file)
+    assert translated.config().data == (Source(Path("cats")), Source(Path("others"), prior=True))
+    assert translated.config().prior_weight == 0.5
+    assert make_config(read_toml(translated.toml())) == translated.config()
+    assert not any("reg" in line or "prior" in line for line in translated.ignored)
+    file.write_text(beginning + "prior_loss_weight = 0\n" + GIVEN)
+    assert translate(file).config().data == (Source(Path("cats")),)
+
+
+def test_a_folder_of_regularisation_pictures_is_the_prior_too(file):
+    file.write_text('train_data_dir = "cats"\nreg_data_dir = "others"\n' + GIVEN)
+    data = translate(file).config().data
+    assert data == (Source(Path("cats")), Source(Path("others"), prior=True))
+    file.write_text('train_data_dir = "cats"\nreg_data_dir = ""\n' + GIVEN)
+    assert translate(file).config().data == (Source(Path("cats")),)
