@@ -6,7 +6,7 @@ steps extend it; any other change is refused with the list of what differs.
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -221,15 +221,40 @@ def density_settings(density: TimestepDensity | None, shift: float) -> dict[str,
     }
 
 
-def file_settings(data: TrainingData, mmdit: Path) -> dict[str, Any]:
-    """Where the networks are; a text encoder that is not connected takes no part."""
-    files = {**data.files, "mmdit": mmdit}
-    return {
-        **files,
-        "checkpoint": tokenizer_file(files),
-        "data": [data.source],
-        "use": [kind for kind in ENCODERS if kind in data.files],
-    }
+@dataclass(frozen=True)
+class Datasets:
+    """What arrives at a training node."""
+
+    taught: TrainingData
+    prior: TrainingData | None = None  # held to the network's answers without the LoRA
+    validation: TrainingData | None = None
+
+    def __post_init__(self) -> None:
+        for name, other in (("prior", self.prior), ("validation", self.validation)):
+            if other is None:
+                continue
+            if other.files != self.taught.files:
+                raise ValueError(
+                    f"dataset and {name} are encoded by different files; connect one CLIP and one "
+                    "VAE to both."
+                )
+            if other.source.path == self.taught.source.path:
+                raise ValueError(
+                    f"dataset and {name} are one folder, {other.source.path.name}; {name} takes "
+                    "others than those that are learnt from."
+                )
+
+    def settings(self, mmdit: Path) -> dict[str, Any]:
+        """Pictures and the networks that read them; a text encoder not connected takes no part."""
+        files = {**self.taught.files, "mmdit": mmdit}
+        prior = [] if self.prior is None else [replace(self.prior.source, prior=True)]
+        return {
+            **files,
+            "checkpoint": tokenizer_file(files),
+            "data": [self.taught.source, *prior],
+            "validation_data": [] if self.validation is None else [self.validation.source],
+            "use": [kind for kind in ENCODERS if kind in self.taught.files],
+        }
 
 
 def first_caption(data: TrainingData, pairs: bool) -> str:
@@ -244,7 +269,7 @@ def first_caption(data: TrainingData, pairs: bool) -> str:
 
 def plan_run(
     base: FrozenBase,
-    data: TrainingData,
+    data: Datasets,
     method: str,
     density: TimestepDensity | None,
     widgets: Mapping[str, Any],
@@ -253,14 +278,14 @@ def plan_run(
     """The run that a node asks for.  Raises ValueError."""
     settings = run_settings(widgets, more)
     if not settings["sample_prompts"]:
-        settings["sample_prompts"] = [first_caption(data, method == "dpo")]
+        settings["sample_prompts"] = [first_caption(data.taught, method == "dpo")]
     return make_config(
         {
             "save_dtype": "fp32",  # what leaves the node is rounded once, by what saves it
             **({"weight_decay": 0.0} if method == "dpo" else {}),  # the reference draws back enough
             **settings,
             **density_settings(density, base.shift),
-            **file_settings(data, base.path),
+            **data.settings(base.path),
             "method": method,
             "output": Path(folder_paths.get_output_directory()),
             "device": str(comfy.model_management.get_torch_device()),
@@ -277,12 +302,16 @@ def train_in_graph(
     density: TimestepDensity | None,
     more: str,
     widgets: Mapping[str, Any],
+    **others: TrainingData | None,
 ) -> io.NodeOutput:
-    """MODEL and data -> MODEL with the LoRA, LORA_MODEL, LOSS_MAP, IMAGE."""
+    """MODEL and data -> MODEL with the LoRA, LORA_MODEL, LOSS_MAP, IMAGE.
+
+    others: see Datasets.
+    """
     widths_of(model)  # says no to another kind of model
     base = FrozenBase(model)
     with coded("bad_setting"):
-        config = plan_run(base, data, method, density, widgets, more)
+        config = plan_run(base, Datasets(data, **others), method, density, widgets, more)
         folder = run_folder(config.output, config.run_name)
     meter = Meter(comfy.model_management.get_torch_device())
     node_id = getattr(cls.hidden, "unique_id", None)
@@ -526,6 +555,17 @@ def more_input() -> Any:
     )
 
 
+def validation_input(data_type: str) -> Any:
+    pairs = data_type == PREFERENCES
+    what, maker = ("pairs", "Preferences") if pairs else ("pictures", "Training Images")
+    return io.Custom(data_type).Input(
+        "validation",
+        optional=True,
+        tooltip=f"Other {what}, only measured on: SD3 {maker}. Without them it is measured on "
+        "those that are learnt from, and looks better than it is.",
+    )
+
+
 def run_outputs() -> list[Any]:
     return [
         io.Model.Output(tooltip="The MODEL with the LoRA on it, at strength 1."),
@@ -571,6 +611,14 @@ class SD3TrainLoRA(io.ComfyNode):
                         tooltip="Which noise levels are trained: SD3 Timestep Density.",
                     ),
                     *advanced([*rare_inputs(pairs=False), more_input()]),
+                    io.Custom(DATASET).Input(
+                        "prior",
+                        optional=True,
+                        tooltip="Pictures of other things: SD3 Training Images. On them the model "
+                        "is held to what it answers without the LoRA, so that it forgets less; "
+                        "prior_weight in more weighs them.",
+                    ),
+                    validation_input(DATASET),
                 ],
                 "outputs": run_outputs(),
             }
@@ -587,9 +635,12 @@ class SD3TrainLoRA(io.ComfyNode):
         dataset: TrainingData,
         density: TimestepDensity | None = None,
         more: str = "",
+        prior: TrainingData | None = None,
+        validation: TrainingData | None = None,
         **widgets: Any,
     ) -> io.NodeOutput:
-        return train_in_graph(cls, "lora", model, dataset, density, more, widgets)
+        others = {"prior": prior, "validation": validation}
+        return train_in_graph(cls, "lora", model, dataset, density, more, widgets, **others)
 
 
 class SD3TrainDPO(io.ComfyNode):
@@ -654,6 +705,7 @@ class SD3TrainDPO(io.ComfyNode):
                             more_input(),
                         ]
                     ),
+                    validation_input(PREFERENCES),
                 ],
                 "outputs": run_outputs(),
             }
@@ -670,9 +722,11 @@ class SD3TrainDPO(io.ComfyNode):
         dataset: TrainingData,
         density: TimestepDensity | None = None,
         more: str = "",
+        validation: TrainingData | None = None,
         **widgets: Any,
     ) -> io.NodeOutput:
-        return train_in_graph(cls, "dpo", model, dataset, density, more, widgets)
+        others = {"validation": validation}
+        return train_in_graph(cls, "dpo", model, dataset, density, more, widgets, **others)
 
 
 class SD3SaveLoRA(io.ComfyNode):

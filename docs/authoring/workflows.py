@@ -543,6 +543,7 @@ def native_loader_sd3sample(graph: Graph) -> None:
 
 
 NAMED, NEW_WORD = "three small pink rings on a black background", "zog"
+OTHERS = "a large blue square on a white background"
 ROUND = "two red circles on a white background"
 
 
@@ -574,8 +575,19 @@ def taught(graph: Graph, load: Node) -> Node:
         clip=load["CLIP"],
         vae=load["VAE"],
         folder="",
+        repeats=3,
         images=pictures,
         captions=NEW_WORD,
+    )
+    graph.group("Pictures whose look is to stay")
+    others = draw(graph, load, OTHERS, count=8)
+    prior = graph.node(
+        "SD3TrainingImages",
+        clip=load["CLIP"],
+        vae=load["VAE"],
+        folder="",
+        images=others,
+        captions=OTHERS,
     )
     graph.group("Teach")
     density = graph.node("SD3TimestepDensity")
@@ -583,9 +595,10 @@ def taught(graph: Graph, load: Node) -> Node:
         "SD3TrainLoRA",
         model=load["MODEL"],
         dataset=dataset["dataset"],
+        prior=prior["dataset"],
         density=density["density"],
         run_name=f"teach-{NEW_WORD}",
-        steps=60,
+        steps=80,
         learning_rate=1e-3,
         rank=8,
         batch_size=4,
@@ -601,7 +614,8 @@ def train_lora(graph: Graph) -> None:
     """
     **Teach a LoRA, in minutes, without a picture of your own.** The built-in model draws eight
     pictures and learns to draw them for a word that it has never read, *zog*. *Run* again goes on
-    where it stopped, more `steps` extend the run, and interrupting saves it.
+    where it stopped, more `steps` extend the run, and interrupting saves it. Eight other pictures
+    (`prior`) hold it to what it drew before.
 
     *Your own pictures:* put them into a folder in ComfyUI's `input`, with NAME.txt beside NAME.png,
     name the folder in *SD3 Training Images* and remove its pictures' link.

@@ -1,6 +1,8 @@
 """The training nodes in process: runs, their outputs on ComfyUI's own nodes, what they refuse."""
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import comfy.model_management
@@ -430,6 +432,60 @@ def test_loras_of_both_kinds_of_loader_are_named(styled):
     both = ["style.safetensors x 0.5", "1 patches from another loader"]
     assert FrozenBase(model).loras == both
     assert FrozenBase(model).base.changes[:2] == tuple(both)
+
+
+def test_a_prior_holds_the_lora_to_the_model_as_it_came(
+    tiny_three, styled, pictures, places, monkeypatch
+):
+    passes, loss = [], FlowTask.loss
+
+    def watched(task, step, rows, size):
+        losses = loss(task, step, rows, size)
+        passes.append((task.batches.samples(step, rows, size).prior, losses.each.detach()))
+        return losses
+
+    monkeypatch.setattr(FlowTask, "loss", watched)
+    write_pictures(places / "input" / "others", 7)
+    prior = SD3TrainingImages.execute(tiny_three[1], tiny_three[2], "others").args[0]
+    output = train(styled, pictures, prior=prior, steps=1, batch_size=12)
+    ((is_prior, losses),) = passes
+    assert 0 < is_prior.sum() < 12
+    assert losses[is_prior].max() < 1e-8  # with the LoRA that was on it
+    assert losses[~is_prior].min() > 0.01
+    assert any("7 pictures of these keep" in line for line in told(output)["notes"])
+
+
+def test_a_prior_of_other_files_or_the_same_pictures_is_refused(tiny_three, pictures, places):
+    with pytest.raises(NodeError, match="bad_setting: dataset and prior are one folder, pictures"):
+        train(tiny_three[0], pictures, prior=pictures)
+    elsewhere = replace(pictures, files={**pictures.files, "vae": places / "other.safetensors"})
+    with pytest.raises(NodeError, match="bad_setting: .* encoded by different files; connect one"):
+        train(tiny_three[0], pictures, prior=elsewhere)
+
+
+def test_validation_is_on_pictures_of_its_own(tiny_three, pictures, places):
+    write_pictures(places / "input" / "others", 7)
+    held = SD3TrainingImages.execute(tiny_three[1], tiny_three[2], "others").args[0]
+    train(tiny_three[0], pictures, validation=held, validate_every=2)
+    log = (places / "output" / "sd3" / "mine" / "log.jsonl").read_text().splitlines()
+    lines = [json.loads(line) for line in log]
+    assert [line["step"] for line in lines if "validation_loss" in line] == [0, 2, 4]
+    config = json.loads((places / "output" / "sd3" / "mine" / "config.json").read_text())
+    assert config["identity"]["pictures of validation"]
+
+
+def test_dpo_is_measured_on_held_out_pairs_where_there_are_some(tiny_three, preferences, places):
+    output = train(tiny_three[0], preferences, SD3TrainDPO, run_name="plain", validate_every=4)
+    assert any("pairs that are trained on" in line for line in told(output)["notes"])
+    shutil.copytree(places / "input" / "pairs", places / "input" / "held")
+    for file in (places / "input" / "held").rglob("[01].*"):  # two of the four pairs
+        file.unlink()
+    held = SD3Preferences.execute(tiny_three[1], tiny_three[2], "held").args[0]
+    output = train(
+        tiny_three[0], preferences, SD3TrainDPO, run_name="held", validation=held, validate_every=4
+    )
+    assert not any("pairs that are trained on" in line for line in told(output)["notes"])
+    assert told(output)["preference"]["step"] == 4
 
 
 def test_a_model_set_to_be_sampled_otherwise_is_refused_by_name(tiny_three):
