@@ -235,13 +235,13 @@ class Datasets:
                 continue
             if other.files != self.taught.files:
                 raise ValueError(
-                    f"dataset and {name} are encoded by different files; connect one CLIP and one "
-                    "VAE to both."
+                    f"{name} is encoded by other files than what is learnt from; connect one CLIP "
+                    "and one VAE to both."
                 )
             if other.source.path == self.taught.source.path:
                 raise ValueError(
-                    f"dataset and {name} are one folder, {other.source.path.name}; {name} takes "
-                    "others than those that are learnt from."
+                    f"{name} is the folder {other.source.path.name}, which is learnt from; it "
+                    "takes another one."
                 )
 
     def settings(self, mmdit: Path) -> dict[str, Any]:
@@ -616,7 +616,7 @@ class SD3TrainLoRA(io.ComfyNode):
                         optional=True,
                         tooltip="Pictures of other things: SD3 Training Images. On them the model "
                         "is held to what it answers without the LoRA, so that it forgets less; "
-                        "prior_weight in more weighs them.",
+                        "prior_weight (4) in more weighs them.",
                     ),
                     validation_input(DATASET),
                 ],

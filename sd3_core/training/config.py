@@ -17,6 +17,7 @@ from .folders import Source
 
 LORA_OPTIMIZERS = ("adamw", "adafactor", "adamw_8bit", "prodigy")
 OPTIMIZERS = (*LORA_OPTIMIZERS, "muon")  # that one for the matrices of a whole model
+PRIOR_WEIGHT = 4.0  # more forgets less and learns more slowly
 LR_SCHEDULES = ("constant", "cosine")
 TEXT_ENCODERS_STAY = "text encoders are not trained here: a LoRA changes the MMDiT alone"
 _OF_TEXT_ENCODERS = re.compile(
@@ -100,7 +101,7 @@ class TrainConfig(LoopConfig):
     caption_dropout: float = 0.1  # how often a caption is replaced by the empty one
     encoder_dropout: float = 0.0  # how often each encoder is zeroed; pre-training: 0.464
     posterior: bool = True  # draw from the VAE's posterior; False: train on its mean
-    prior_weight: float = 1.0  # of the loss on pictures given with prior = true
+    prior_weight: float = PRIOR_WEIGHT  # of the loss on pictures given with prior = true
 
     # Objective
     objective: str = (
@@ -204,6 +205,11 @@ class TrainConfig(LoopConfig):
         good = 0 < self.prior_weight < math.inf
         _check(self, "prior_weight", good, "above 0; for none leave the prior away")
         prior = [source.path for source in self.data if source.prior]
+        if self.prior_weight != PRIOR_WEIGHT and not prior:
+            raise ValueError(
+                f"prior_weight is {self.prior_weight}, but there is no prior to weigh: give one, "
+                "or take the setting away."
+            )
         if prior and self.method != "lora":
             raise ValueError(
                 f"{prior[0]} is given with prior = true, which holds a LoRA to what the network "
@@ -402,6 +408,8 @@ def _described(hint: Any) -> str:
     if origin is Literal:
         return " or ".join(f'"{one}"' for one in arguments)
     if hint is Source:
-        return 'a folder, "pictures", or {path = "pictures", repeats = 2, weight = 1.0}'
+        return (
+            'a folder, "pictures", or {path = "pictures", repeats = 2, weight = 1.0, prior = true}'
+        )
     words = {int: "a whole number", float: "a number", bool: "true or false"}
     return words.get(hint, "text in quotes")

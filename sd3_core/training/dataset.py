@@ -17,7 +17,7 @@ from torch import Tensor
 from ..decode import EXTENSIONS
 from .contents import Contents, short_hash
 from .duplicates import exact_duplicates, near_duplicates
-from .folders import Found, Listing, Source, list_pictures
+from .folders import Found, Listing, Source, check_apart, list_pictures
 from .framing import Framing
 from .order import Groups, chance, epoch_order
 from .pixels import FilePicture, TensorPicture
@@ -219,8 +219,9 @@ def read_dataset(
         for one, facts in pairs
         if not facts.fault
     ]
-    if not used:
-        raise ValueError(_nothing_left(sources, skipped))
+    if all(one.found.prior for one in used):
+        learnt = [source for source in sources if not source.prior]
+        raise ValueError(_nothing_left(learnt, skipped))
     items = tuple(one.item for one in used)
     return Dataset(items, _report(used, listings, skipped), original_share)
 
@@ -261,8 +262,11 @@ def _list_all(sources: Sequence[Source]) -> list[Listing]:
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
             raise ValueError(f"{folder}: is listed twice; use its repeats instead.")
+    check_apart(folders)
+    # What is learnt from keeps its names when a prior comes to it.
+    several = sum(not source.prior for source in sources) > 1
     return [
-        list_pictures(source, f"{source.path.as_posix()}/" if len(sources) > 1 else "")
+        list_pictures(source, f"{source.path.as_posix()}/" if several or source.prior else "")
         for source in sources
     ]
 

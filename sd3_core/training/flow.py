@@ -77,6 +77,7 @@ class FlowTask:
         self.product = "lora" if adapters is not None else "model"
         trained = model if adapters is None else adapters
         self.parameters: Parameters = dict(trained.named_parameters())
+        self.has_prior = any(source.prior for source in config.data)
 
     def network(self, conditioning: Conditioning) -> Predict:
         """The network under these prompts; float32 outside, the run's dtype inside."""
@@ -98,7 +99,10 @@ class FlowTask:
             question = self.as_before(question, batch)
         with self._dropout(step, rows.start):
             each = question.loss(self.network(batch.conditioning), batch.mask)
-        return Losses(each * batch.weights.to(each.device))
+        losses = each * batch.weights.to(each.device)
+        if not self.has_prior:
+            return Losses(losses)
+        return Losses(losses, {"prior_loss": losses * batch.prior.to(each.device)})
 
     @torch.no_grad()
     def as_before(self, question: Question, batch: Batch) -> Question:

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
@@ -122,6 +122,16 @@ def check_source(source: Source) -> None:
         raise ValueError(f"{source.path}: repeats is {source.repeats}; it must be at least 1.")
     if not (math.isfinite(source.weight) and source.weight > 0):
         raise ValueError(f"{source.path}: weight is {source.weight}; it must be above 0.")
+
+
+def check_apart(folders: Sequence[Path]) -> None:
+    """Raises ValueError where one folder, resolved, lies in another: its pictures would be both."""
+    for inner in folders:
+        if outer := next((folder for folder in folders if folder in inner.parents), None):
+            raise ValueError(
+                f"{inner}: lies in {outer}, which is given, too, and takes all folders in it. Put "
+                "them side by side."
+            )
 
 
 def _folders(top: Path, skipped: list[Skipped]) -> Iterator[tuple[Path, list[str]]]:

@@ -86,6 +86,8 @@ NOT_USED = {
     "class_tokens": "write captions, or name the folder as in 10_cat",
     "fp8_base": "give an fp8 file of the model; it is kept as it is stored",
     "blocks_to_swap": "blocks stay on the device; gradient_checkpointing saves most",
+    "prior_loss_weight": "here prior_weight weighs how far the LoRA moves regularisation pictures",
+    "reg_data_dir": "a dataset_config names its own, with is_reg",
     "flip_aug": "pictures are never mirrored",
     "mixed_precision": "fp16 overflows in training",
     "apply_t5_attn_mask": "SD3 was trained without masks",
@@ -194,6 +196,13 @@ class Translation:
         if "sample_every" in self.settings and "sample_prompts" not in self.settings:
             del self.settings["sample_every"]
             self.ignored.append("sample_every_n_steps: there are no sample_prompts")
+        data = self.settings.get("data", "")
+        if any(isinstance(one, dict) and one.get("prior") for one in data):
+            self.ignored.append(
+                "regularisation pictures: sd-scripts learns from as many of them as of the others; "
+                "here they hold the LoRA to what the model answers without it, and repeats decide "
+                "how often"
+            )
         self.settings.setdefault("lora_alpha", 1.0)
         self.settings.setdefault("lora_kinds", ["attn", "attn2", "mlp", "adaLN"])
 
@@ -288,18 +297,19 @@ class Translation:
         return self._put("data", data)
 
     def _prior_folder(self, value: str) -> bool:
-        data = self.settings.get("data", [])
-        data = [{"path": data}] if isinstance(data, str) else data
-        return bool(value) and self._put("data", [*data, {"path": value, "prior": True}])
+        data = self.settings.get("data", "")
+        if not value or not isinstance(data, str):
+            return False  # beside a dataset_config sd-scripts leaves it alone, too
+        return self._put(
+            "data", [*([{"path": data}] if data else []), {"path": value, "prior": True}]
+        )
 
     def _prior_weight(self, value: float) -> bool:
-        """0 there: regularisation pictures do not count."""
-        if value:
-            return self._put("prior_weight", value)
+        """It weighs another loss, so only 0, for none, means the same."""
         data = self.settings.get("data", "")
-        if not isinstance(data, str):
+        if not value and not isinstance(data, str):
             self._put("data", [one for one in data if not one.get("prior")])
-        return True
+        return not value
 
     def _own(self, table: Mapping[str, Any], later: str) -> None:
         """Settings of one dataset: here they are those of the run, so the first one's count."""

@@ -42,7 +42,7 @@ class Report:
             share = self.prior_draws / self.draws
             lines.append(
                 f"{counted(self.prior, 'picture')} of these keep what the model knows: {share:.0%} "
-                "of the draws"
+                "of the draws, before batches are filled up"
             )
         for folder, repeats in self.repeated_folders.items():
             lines.append(f"{folder}: {repeats} repeats, from the folder's name")

@@ -15,7 +15,7 @@ from ..text.encoders import ENCODERS
 from .config import TrainConfig
 from .dataset import Dataset, read_dataset
 from .densities import find_density
-from .folders import Source
+from .folders import Source, check_apart
 from .framing import Framing
 from .loop import Poll, never
 from .objectives import Objective, RectifiedFlow, find_objective
@@ -69,6 +69,7 @@ def find_subject(config: TrainConfig, poll: Poll = never) -> Subject:
     held = None
     if config.validation_data and config.validate_every:
         held = dataset_of(config, config.validation_data, resolution, poll)
+    check_apart([one.path.resolve() for one in {*config.data, *config.validation_data}])
     dataset = dataset_of(config, weighed(config), resolution, poll)
     return Subject(
         parts, sizes["mmdit"], preset, kind, resolution, schedule, objective, dataset, held

@@ -109,6 +109,8 @@ def train(
         say(line)
     if config.method == "dpo" and config.validate_every and subject.held is None:
         say(ON_TRAINED_PAIRS)
+    if config.validation_data and not config.validate_every:
+        say("nothing is measured on the pictures of validation: validate_every is 0")
     for name in zero_encoders(config, subject.parts):
         say(f"{name} is not among the files: zeros stand for it, here and wherever this is used")
     with joined(world, place.device), opened(config, world) as run:

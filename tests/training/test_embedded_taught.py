@@ -2,15 +2,23 @@
 
     pytest tests/training/test_embedded_taught.py -s        # prints the tables as well
 
-A LoRA teaches a colour that the world does not have, from 32 pictures beside ordinary ones that
-keep what the model knew; DPO on the checker's own verdicts lifts a category whose prompts it never
-sees.  The aims are 90 % with at most two points lost, and ten points.  With sd3-tiny-6 salmon comes
-in 82.8 % of pictures and 2.1 of 75.5 points are lost (384 pictures).  More of one costs the other:
-at 7e-4 for 2600 steps 93.8 % and 5.7 lost, beside 6144 ordinary pictures instead of 2048 92.2 % and
-6.0, on the text stream alone (1e-3, drawn from the posterior) 70.3 % and 4.7.  What is short of an
-aim ends as an expected failure with its number.  DPO lifts nothing yet: by 190 pairs counting went
-from 62.5 to 63.7 % of 256 pictures, by 110 (dpo_sft_weight 50, 600 steps) to 59.8 %; the winners'
-error fell throughout, but 93 % of the pairs were followed by then: learnt by heart.
+A LoRA teaches a colour that the world does not have, from 32 pictures, held to what the model
+answered before on ordinary ones (the prior); DPO on the checker's own verdicts lifts a category
+whose prompts it never sees.  The aims are 90 % with at most two points lost, and ten points.  What
+is short of an aim ends as an expected failure with its number.
+
+With sd3-tiny-6 salmon comes in 91.4 % of 128 pictures and 0.7 of 75.7 points are lost (768
+pictures).  At 1e-3 and 3000 steps 89.8 % of 256 and 1.6 of 75.8 (1536 pictures); beside 2048
+pictures, 1e-3: at weight 4 93.0 % and 2.7 after 2600 steps, 89.8 % and 3.0 after 2000; at weight 1
+and 7e-4 93.8 % and 7.7.  Pictures merely mixed in cost 2.1 points for 82.8 %, 5.7 for 93.8 % (of
+384).  Without dropped captions of the new pictures guidance overshoots: by 2000 steps at 7e-4,
+weight 4, salmon came in 34 % at cfg 3 and in 83 % at cfg 1.5.
+
+DPO lifts nothing: by 751 pairs of 540 prompts (500 steps of 16, its last 56 prompts held out)
+counting went from 62.5 to 62.9 % of 256 pictures, by 190 pairs to 63.7, by 110 to 59.8.  The
+winners' error fell throughout, and 81 % of the trained pairs were followed by then, but 50 to 56 %
+of held-out ones: what makes a picture right here is how many things there are, and the squared
+error of a velocity hardly tells.
 """
 
 import json
@@ -44,8 +52,9 @@ NEW, NEW_RGB = "salmon", torch.tensor([0.95, 0.55, 0.45])
 STAND_IN = "red"  # whose place the new colour takes in rendered pictures
 NEAR = 0.15  # RGB distance that still is the new colour; the nearest known ones are 0.3 away
 PICTURES = 32
-ORDINARY = 2048  # pictures of the world as it is
+ORDINARY = 6144  # pictures of the world as it is: the prior
 CATEGORY = "counting"  # what DPO is to lift
+SEEDS = (2, 3, 4, 5)  # of the score: 768 pictures
 SETTINGS = Settings(prompt="", device="cpu", dtype="fp32")
 
 
@@ -130,19 +139,20 @@ def test_a_lora_teaches_a_new_colour_from_32_pictures(tmp_path):
     asked = [short_caption(s, 0).replace(STAND_IN, NEW) for s in stand_in_scenes(12, 64)]
     before = painter()
     first = share([is_new_colour(one) for one in before(asked, seed=5)])
-    table_before = score(before, seeds=(0, 1), per_category=32)
+    table_before = score(before, seeds=SEEDS, per_category=32)
     outcome = train(
         run(
             tmp_path,
             run_name=NEW,
             data=(
-                Source(tmp_path / NEW, repeats=40),  # two of five pictures
-                Source(tmp_path / "ordinary"),
+                Source(tmp_path / NEW, repeats=192),  # every other picture
+                Source(tmp_path / "ordinary", prior=True),
             ),
-            steps=2000,
+            prior_weight=8.0,
+            steps=3400,
             batch_size=16,
             rank=32,
-            learning_rate=5e-4,
+            learning_rate=1.3e-3,
             lr_schedule="cosine",
             posterior=False,  # this MMDiT learnt from latents without the posterior's noise
             stratified=True,
@@ -150,13 +160,13 @@ def test_a_lora_teaches_a_new_colour_from_32_pictures(tmp_path):
         )
     )
     after = painter(outcome.product)
-    last = share([is_new_colour(one) for one in after(asked, seed=5)])
-    table_after = score(after, seeds=(0, 1), per_category=32)
+    last = share([is_new_colour(one) for seed in (5, 6) for one in after(asked, seed=seed)])
+    table_after = score(after, seeds=SEEDS, per_category=32)
     print(f"{NEW}: {first:.1%} -> {last:.1%}\n{table_before.text()}\n{table_after.text()}")  # noqa: T201
     lost = table_before.overall.share - table_after.overall.share
     assert first < 0.1
-    assert last > 0.7
-    assert lost < 0.06
+    assert last > 0.8
+    assert lost < 0.04
     if last < 0.9 or lost > 0.02:
         pytest.xfail(f"{NEW} in {last:.1%}, {100 * lost:.1f} points lost; aims: 90 % and 2 points")
 

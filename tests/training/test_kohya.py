@@ -185,14 +185,17 @@ REGULARISED = """
 def test_regularisation_pictures_become_the_prior(file):
     (file.parent / "data.toml").write_text(REGULARISED)
     beginning = 'dataset_config = "data.toml"\n'
-    file.write_text(beginning + "prior_loss_weight = 0.5\n" + GIVEN)
+    file.write_text(beginning + 'prior_loss_weight = 0.5\nreg_data_dir = "more"\n' + GIVEN)
     translated = translate(file)
     assert translated.config().data == (Source(Path("cats")), Source(Path("others"), prior=True))
-    assert translated.config().prior_weight == 0.5
     assert make_config(read_toml(translated.toml())) == translated.config()
-    assert not any("reg" in line or "prior" in line for line in translated.ignored)
+    told = "\n".join(translated.ignored)
+    assert "prior_loss_weight = 0.5: here prior_weight" in told
+    assert "reg_data_dir = more: a dataset_config names its own" in told
+    assert "sd-scripts learns from as many of them" in told
     file.write_text(beginning + "prior_loss_weight = 0\n" + GIVEN)
     assert translate(file).config().data == (Source(Path("cats")),)
+    assert not any("reg" in line or "prior" in line for line in translate(file).ignored)
 
 
 def test_a_folder_of_regularisation_pictures_is_the_prior_too(file):
