@@ -566,36 +566,32 @@ def draw(
     return picture["IMAGE"]
 
 
+def drawn_set(graph: Graph, load: Node, prompt: str, caption: str, repeats: int = 1) -> Output:
+    """Eight pictures that the model draws, under one caption."""
+    return graph.node(
+        "SD3TrainingImages",
+        clip=load["CLIP"],
+        vae=load["VAE"],
+        folder="",
+        repeats=repeats,
+        images=draw(graph, load, prompt, count=8),
+        captions=caption,
+    )["dataset"]
+
+
 def taught(graph: Graph, load: Node) -> Node:
-    """SD3 Train LoRA on eight pictures that the model draws itself, under a new word."""
+    """SD3 Train LoRA on pictures that the model draws itself, under a new word."""
     graph.group("Pictures to learn from")
-    pictures = draw(graph, load, NAMED, count=8)
-    dataset = graph.node(
-        "SD3TrainingImages",
-        clip=load["CLIP"],
-        vae=load["VAE"],
-        folder="",
-        repeats=3,
-        images=pictures,
-        captions=NEW_WORD,
-    )
+    dataset = drawn_set(graph, load, NAMED, NEW_WORD, repeats=3)
     graph.group("Pictures whose look is to stay")
-    others = draw(graph, load, OTHERS, count=8)
-    prior = graph.node(
-        "SD3TrainingImages",
-        clip=load["CLIP"],
-        vae=load["VAE"],
-        folder="",
-        images=others,
-        captions=OTHERS,
-    )
+    prior = drawn_set(graph, load, OTHERS, OTHERS)
     graph.group("Teach")
     density = graph.node("SD3TimestepDensity")
     return graph.node(
         "SD3TrainLoRA",
         model=load["MODEL"],
-        dataset=dataset["dataset"],
-        prior=prior["dataset"],
+        dataset=dataset,
+        prior=prior,
         density=density["density"],
         run_name=f"teach-{NEW_WORD}",
         steps=80,
