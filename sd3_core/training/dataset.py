@@ -17,7 +17,7 @@ from torch import Tensor
 from ..decode import EXTENSIONS
 from .contents import Contents, short_hash
 from .duplicates import exact_duplicates, near_duplicates
-from .folders import Found, Listing, Source, check_apart, list_pictures
+from .folders import Found, Listing, Source, list_pictures
 from .framing import Framing
 from .order import Groups, chance, epoch_order
 from .pixels import FilePicture, TensorPicture
@@ -262,7 +262,6 @@ def _list_all(sources: Sequence[Source]) -> list[Listing]:
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
             raise ValueError(f"{folder}: is listed twice; use its repeats instead.")
-    check_apart(folders)
     # What is learnt from keeps its names when a prior comes to it.
     several = sum(not source.prior for source in sources) > 1
     return [

@@ -44,6 +44,8 @@ def find_subject(config: TrainConfig, poll: Poll = never) -> Subject:
     """
     if not config.data:
         raise ValueError('data is missing; name a folder of pictures: data = "pictures".')
+    if config.method != "dpo":  # pairs are listed, not all that lies in a folder
+        check_apart([one.path.resolve() for one in (*config.data, *config.validation_data)])
     parts = find_networks(config)
     sizes: dict[str, Any] = {kind: read_config(part) for kind, part in parts.items()}
     if config.method == "scratch":
@@ -69,7 +71,6 @@ def find_subject(config: TrainConfig, poll: Poll = never) -> Subject:
     held = None
     if config.validation_data and config.validate_every:
         held = dataset_of(config, config.validation_data, resolution, poll)
-    check_apart([one.path.resolve() for one in {*config.data, *config.validation_data}])
     dataset = dataset_of(config, weighed(config), resolution, poll)
     return Subject(
         parts, sizes["mmdit"], preset, kind, resolution, schedule, objective, dataset, held
