@@ -37,7 +37,7 @@ CHECKERS = (
     "playwright==1.65.2",
 )
 # Two processes, as each starts servers and browsers besides; conftest.py says what stays together.
-SIDE_BY_SIDE = ("-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder")
+SIDE_BY_SIDE = ("-n", "2")
 ORACLES = (
     'diffusers==0.42.1; python_version >= "3.11"',
     'diffusers==0.41.0; python_version < "3.11"',  # the last release for Python 3.10

@@ -28,17 +28,18 @@ spec.loader.exec_module(pack)
 TOGETHER = {"nodes", "server", "browser"}
 
 
-def pytest_collection_modifyitems(config, items):
-    """The browser's tests come last: Playwright leaves an event loop running in their thread.
+@pytest.hookimpl(optionalhook=True)  # pytest-xdist's, which only `dev.py test` brings
+def pytest_xdist_make_scheduler(config, log):
+    """Under `dev.py test` two processes share the files, see TOGETHER."""
+    from xdist.scheduler import LoadScopeScheduling
 
-    Under `dev.py test` two processes share the files, see TOGETHER.
-    """
-    items.sort(key=lambda item: "browser" in item.path.parts)
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            path = item.path.relative_to(PACK / "tests")
-            group = path.parts[0] if path.parts[0] in TOGETHER else str(path)
-            item.add_marker(pytest.mark.xdist_group(group))
+    class Files(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            path = nodeid.split("::")[0]
+            folder = path.split("/")[1]
+            return folder if folder in TOGETHER else path
+
+    return Files(config, log)
 
 
 @pytest.fixture

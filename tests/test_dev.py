@@ -10,7 +10,7 @@ from PIL import Image
 
 PACK = Path(__file__).parent.parent
 ALL_STAGES = ["lint", "format", "types", "tests"]
-SIDE_BY_SIDE = ["-n", "2", "--dist", "loadgroup", "--no-loadscope-reorder"]
+SIDE_BY_SIDE = ["-n", "2"]
 
 
 @pytest.fixture

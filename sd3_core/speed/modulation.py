@@ -65,7 +65,8 @@ class ModulationTable:
     timesteps: those of the run; others that are met cost a pass over the layers each.
     dtype: of computing and keeping the rows.  call: how a layer is called.
     exact: compute each timestep by itself, as the batch that the network would be given, and so get
-    its bits; otherwise all rows that a run needs come from one product per layer.
+    its bits (where equal rows of a product get equal ones); otherwise all rows that a run needs
+    come from one product per layer.
     """
 
     def __init__(

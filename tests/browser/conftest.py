@@ -50,7 +50,7 @@ def write_named_files(folder: Path) -> None:
                     Image.new("RGBA", (128, 128), "teal").save(folder / "input" / value)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def server(tmp_path_factory) -> Iterator[Server]:
     folder = tmp_path_factory.mktemp("browser")
     lay_out(folder)
@@ -59,13 +59,14 @@ def server(tmp_path_factory) -> Iterator[Server]:
         yield running
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def browser() -> Iterator[Any]:
+    """Closed after the folder: Playwright keeps an event loop running in the tests' thread."""
     with open_browser() as opened:
         yield opened
 
 
-@pytest.fixture(scope="session", params=["canvas", "vue"])
+@pytest.fixture(scope="package", params=["canvas", "vue"])
 def editor(request, browser, server) -> Iterator[Editor]:
     """One page for all tests of a renderer: a page takes 5 s to open."""
     page = Editor(browser, server.url)

@@ -25,10 +25,15 @@ def workflow(name):
     return {key: {"class_type": kind, "inputs": inputs} for key, (kind, inputs) in nodes.items()}
 
 
+@pytest.fixture(autouse=True)
+def picture(server):
+    """What the workflow's loader shows, whichever test opens it first."""
+    Image.new("RGB", (64, 64), "teal").save(server.folder / "input" / "pick.png")
+
+
 @pytest.fixture
 def picks(server, request, tmp_path):
     """A backlog: two pictures, two arms, four pictures."""
-    Image.new("RGB", (64, 64), "teal").save(server.folder / "input" / "pick.png")
     name = "".join(letter for letter in request.node.name if letter.isalnum())
     made = Picks(server.folder / "output" / "sd3_picks" / name)
     colours = ("red", "green", "blue", "white")
