@@ -185,8 +185,10 @@ def add_candidates(
                 "one picture is no choice: draw a batch of 2 to 4 for the prompt, or connect "
                 "images_b to compare two settings.",
             )
-        sets = grouped(different(own))
-        return [picks.add(prompt, one, seed=seed, model=models[0]) for one in sets]
+        return [
+            picks.add(prompt, one, seed=seed, model=models[0], places=list(map(own.index, one)))
+            for one in grouped(different(own))
+        ]
     if len(own) != len(rivals):
         raise NodeError(
             "bad_setting",
@@ -201,7 +203,10 @@ def add_candidates(
     each = models if models[0] != models[1] else ()
     model = "" if each else models[0]
     return [
-        picks.add(prompt, pair, arms=arms, seed=seed, model=model, models=each) for pair in pairs
+        picks.add(
+            prompt, pair, arms=arms, seed=seed, model=model, models=each, places=(place, place)
+        )
+        for place, pair in enumerate(pairs)
     ]
 
 

@@ -25,6 +25,7 @@ from .preferences import PREFERENCES
 
 CANDIDATES, PICTURES = "candidates.jsonl", "pictures"
 FEWEST, MOST = 2, 4  # pictures of a group
+LISTS = ("pictures", "arms", "models", "places")  # of a group's line
 LARGEST = 2**26  # bytes of either file; beyond, nothing is appended
 Z95 = 1.959964  # of the normal distribution: 95 % lie within
 
@@ -42,7 +43,8 @@ class Group:
     """Candidates for one prompt.
 
     arms: in a blind comparison, which setting drew each.  models: which model drew each, where the
-    arms have a model each; else `model` drew them all.
+    arms have a model each; else `model` drew them all.  places: which of its batch each was, from
+    0; with the seed it can be drawn again.
     """
 
     id: str
@@ -53,6 +55,7 @@ class Group:
     model: str = ""
     time: str = ""
     models: tuple[str, ...] = ()
+    places: tuple[int, ...] = ()
 
     @property
     def is_equal(self) -> bool:
@@ -123,6 +126,7 @@ class Picks:
         seed: int | None = None,
         model: str = "",
         models: Sequence[str] = (),
+        places: Sequence[int] = (),
     ) -> Group:
         """Put candidates (PNG files' bytes) into the backlog; the same ones are not put twice.
 
@@ -132,7 +136,8 @@ class Picks:
         if not FEWEST <= len(pictures) <= MOST:
             raise PickRefused(f"{len(pictures)} pictures; a group has {FEWEST} to {MOST}.")
         if not arms:
-            pictures = different(pictures)
+            every, pictures = pictures, different(pictures)
+            places = [places[every.index(one)] for one in pictures] if places else ()
         names = [hashlib.sha256(data).hexdigest()[:16] + ".png" for data in pictures]
         content = repr((prompt, names, list(arms)))
         group = Group(
@@ -144,6 +149,7 @@ class Picks:
             model,
             self._now(),
             tuple(models),
+            tuple(places),
         )
         for name, data in zip(names, pictures, strict=True):
             path = self.folder / PICTURES / name
@@ -209,8 +215,7 @@ class Picks:
             if best or worst:
                 raise PickRefused(f"{verdict} and a best or worst picture: give one of them.")
             paths = [f"{PICTURES}/{picture}" for picture in group.pictures]
-            drawn_by = {"arms": list(group.arms), "models": list(group.models)}
-            return [{verdict: paths, **{name: each for name, each in drawn_by.items() if each}}]
+            return [{verdict: paths, **{name: list(each) for name, each in _of_each(group)}}]
         if verdict:
             raise PickRefused(f"verdict is {verdict!r}; choose tie or skip, or name the best.")
         for picture in filter(None, (best, worst)):
@@ -229,10 +234,9 @@ class Picks:
             "chosen": f"{PICTURES}/{chosen}",
             "rejected": f"{PICTURES}/{rejected}",
         }
-        for name, each in (("arms", group.arms), ("models", group.models)):
-            if each:
-                of = dict(zip(group.pictures, each, strict=True))
-                line[name] = [of[chosen], of[rejected]]
+        for name, each in _of_each(group):
+            of = dict(zip(group.pictures, each, strict=True))
+            line[name] = [of[chosen], of[rejected]]
         return line
 
     def undo(self) -> str:
@@ -332,8 +336,14 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def _of_each(group: Group) -> list[tuple[str, Sequence[Any]]]:
+    """What is known of each picture of a group."""
+    known = (("arms", group.arms), ("models", group.models), ("places", group.places))
+    return [(name, each) for name, each in known if each]
+
+
 def _group(line: Mapping[str, Any]) -> Group:
     known = {name: line[name] for name in Group.__dataclass_fields__ if name in line}
     group = Group(**known)
-    lists = {name: tuple(getattr(group, name)) for name in ("pictures", "arms", "models")}
+    lists = {name: tuple(getattr(group, name)) for name in LISTS}
     return replace(group, **lists)

@@ -91,6 +91,20 @@ def test_equal_pictures_of_a_batch_come_once(output):
     SD3Pick.execute(images(3)[[0, 1, 0, 2, 1, 0]], "mine", "x")
     (group,) = Picks(output / "sd3_picks" / "mine").open_groups()
     assert len(group.pictures) == 3
+    assert group.places == (0, 1, 3)
+
+
+def test_each_picks_place_in_its_batch_is_stored(output):
+    SD3Pick.execute(images(5), "mine", "x", seed=9)
+    picks = Picks(output / "sd3_picks" / "mine")
+    assert [group.places for group in picks.groups().values()] == [(0, 1, 2), (3, 4)]
+    last = picks.open_groups()[1]
+    picks.vote(last.id, best=last.pictures[1])
+    (line,) = (json.loads(text) for text in (picks.folder / "preferences.jsonl").open())
+    assert (line["seed"], line["places"]) == (9, [4, 3])
+    SD3Pick.execute(images(2), "two", "x", images(2, seed=1))
+    two = Picks(output / "sd3_picks" / "two").groups().values()
+    assert [group.places for group in two] == [(0, 0), (1, 1)]
 
 
 def test_a_comparison_is_told_at_its_end_or_when_asked_for():
