@@ -18,7 +18,10 @@ DPO lifts nothing: by 751 pairs of 540 prompts (500 steps of 16, its last 56 pro
 counting went from 62.5 to 62.9 % of 256 pictures, by 190 pairs to 63.7, by 110 to 59.8.  The
 winners' error fell throughout, and 81 % of the trained pairs were followed by then, but 50 to 56 %
 of held-out ones: what makes a picture right here is how many things there are, and the squared
-error of a velocity hardly tells.
+error of a velocity hardly tells.  Where the pairs are rendered and differ by one thing (8192 of
+them, 2000 steps of 16 at 1e-3), 79 % of held-out ones were followed, the winners' error on them
+fell by 0.0018, and counting came to 66.4 %; by 2048 such pairs to 65.6.  So the preference can be
+learnt on given pictures, and the model's own way from noise to a picture hardly follows it.
 """
 
 import json
