@@ -25,7 +25,7 @@ from .preferences import PREFERENCES
 
 CANDIDATES, PICTURES = "candidates.jsonl", "pictures"
 FEWEST, MOST = 2, 4  # pictures of a group
-LISTS = ("pictures", "arms", "models", "places")  # of a group's line
+OF_EACH = ("arms", "models", "places")  # what a group may tell of each of its pictures
 LARGEST = 2**26  # bytes of either file; beyond, nothing is appended
 Z95 = 1.959964  # of the normal distribution: 95 % lie within
 
@@ -337,13 +337,12 @@ def _lines(path: Path) -> list[dict[str, Any]]:
 
 
 def _of_each(group: Group) -> list[tuple[str, Sequence[Any]]]:
-    """What is known of each picture of a group."""
-    known = (("arms", group.arms), ("models", group.models), ("places", group.places))
-    return [(name, each) for name, each in known if each]
+    """Those of OF_EACH that this group tells."""
+    return [(name, each) for name in OF_EACH if (each := getattr(group, name))]
 
 
 def _group(line: Mapping[str, Any]) -> Group:
     known = {name: line[name] for name in Group.__dataclass_fields__ if name in line}
     group = Group(**known)
-    lists = {name: tuple(getattr(group, name)) for name in LISTS}
+    lists = {name: tuple(getattr(group, name)) for name in ("pictures", *OF_EACH)}
     return replace(group, **lists)
