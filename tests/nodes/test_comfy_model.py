@@ -210,7 +210,9 @@ def test_the_embedded_model_loads_natively():
     context = torch.randn(2, 11, config.context_dim, generator=draw)
     pooled = torch.randn(2, config.pooled_dim, generator=draw)
     theirs = natively.model.diffusion_model(x, timestep, context=context, y=pooled)
-    torch.testing.assert_close(ours(x, timestep, context, pooled), theirs, rtol=0, atol=2e-5)
+    # Float32 rounds relative to the values (17 here), and each kernel sums in its own order.
+    apart = (ours(x, timestep, context, pooled) - theirs).abs().max() / theirs.abs().max()
+    assert apart < 1e-5
 
 
 def test_a_small_model_saved_by_comfyui_keeps_its_tokenizers(tiny_three, tiny, tmp_path):
