@@ -250,7 +250,8 @@ def stages(everything: bool, pytest_arguments: Sequence[str]) -> dict[str, list[
     pytest = ["-m", "pytest", "-q", *markers]
     if pytest_arguments:
         return {"tests": [*pytest, *pytest_arguments]}
-    plain = ["-m", "pytest", "-q", "-m", "not long", "--ignore", "tests/browser", *SIDE_BY_SIDE]
+    apart = ["--ignore", "tests/browser", "--ignore", "tests/server"]  # they start programs
+    plain = ["-m", "pytest", "-q", "-m", "not long", *apart, *SIDE_BY_SIDE]
     return {
         "lint": ["-m", "ruff", "check", "."],
         "format": ["-m", "ruff", "format", "--check", "."],
