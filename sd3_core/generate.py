@@ -23,7 +23,7 @@ from .checkpoints.load import load_clip, load_mmdit, load_t5, load_vae
 from .checkpoints.tensors import read_bytes
 from .conditioning import Conditioning
 from .guidance import classifier_free, inpaint, latent_mask
-from .lora import merge
+from .lora import merge_all
 from .models.clip import CLIPTextModel
 from .models.mmdit import MMDiT
 from .models.t5 import T5Encoder
@@ -171,9 +171,7 @@ def encoder_identity(plan: Plan) -> str:
 
 def with_loras(network: Network, kind: str, plan: Plan) -> Network:
     """The network itself, with the plan's LoRAs merged into its weights (never into the file)."""
-    for lora, strength in plan.loras:
-        if kind in lora.parts:
-            merge(network, lora.parts[kind], strength)
+    merge_all(network, [(x.parts[kind], strength) for x, strength in plan.loras if kind in x.parts])
     return network
 
 
