@@ -392,7 +392,7 @@ def merged_error(dtype, changes, scale=None):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float8_e4m3fn, torch.float8_e5m2])
 @pytest.mark.parametrize("scale", [None, torch.tensor(0.3)])
 def test_several_loras_are_rounded_once(dtype, scale):
-    """The error of five is that of their sum as one; rounded five times it was 2.8 times as large."""
+    """The error of five is that of their sum as one; it was 2.8 times as large."""
     changes = [random(256, 256, seed=seed, scale=0.002) for seed in range(5)]
     total = torch.stack(changes).double().sum(0).float()
     one, five = merged_error(dtype, [total], scale), merged_error(dtype, changes, scale)
