@@ -85,8 +85,7 @@ def config_file(header: Header, from_peft: bool) -> Path | None:
         return None
     if header.path.name == WEIGHTS or from_peft:
         return file
-    alone = [path for path in header.path.parent.iterdir() if path.suffix == ".safetensors"]
-    return file if len(alone) == 1 else None
+    return file if list(header.path.parent.glob("*.safetensors")) == [header.path] else None
 
 
 def read_settings(header: Header, file: Path | None) -> Settings | None:
