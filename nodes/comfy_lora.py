@@ -77,7 +77,8 @@ def find_patches(path: Path, model: Any, clip: Any) -> Found:
 def _shapes(network: Any, kinds: Iterable[str]) -> dict[str, dict[str, tuple[int, ...]]]:
     """The parameters of the networks in a MODEL or CLIP, by the core's names."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, tensor in network.state_dict().items():
+    tensors = network.state_dict() | dict(network.named_parameters())  # which are never packed
+    for name, tensor in tensors.items():
         for kind in kinds:
             if name.startswith(prefix := _PREFIXES[kind]):
                 found.setdefault(kind, {})[name.removeprefix(prefix)] = tuple(tensor.shape)
