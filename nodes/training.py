@@ -20,6 +20,7 @@ from ..sd3_core.checkpoints.header import read_header
 from ..sd3_core.checkpoints.lora_files import read_lora as read_adapters
 from ..sd3_core.checkpoints.lora_files import save_lora
 from ..sd3_core.checkpoints.save import save_tensors
+from ..sd3_core.checkpoints.tensors import read_tensors
 from ..sd3_core.schedule import Schedule, Window
 from ..sd3_core.text.encoders import ENCODERS
 from ..sd3_core.training.config import (
@@ -40,10 +41,11 @@ from ..sd3_core.training.preferences import list_pairs
 from ..sd3_core.training.run import RunRefused, read_log, run_folder
 from ..sd3_core.training.trainer import train
 from ._compat import advanced, schema
+from .comfy_lora import find_patches
 from .datasets import DATASET, PREFERENCES, TrainingData, tokenizer_file
 from .errors import NodeError, coded
 from .frozen_base import FrozenBase
-from .lora import check_match, match, patched, read_lora
+from .lora import patched
 from .progress import Meter
 from .training_progress import Listener, as_images, opened, sample_files
 from .wires import CATEGORY, REPORT, describe_file, report, widths_of
@@ -189,8 +191,10 @@ class LoRATensors(dict):
     metadata: Mapping[str, str]
 
     def __init__(self, path: Path):
-        super().__init__(read_lora(path))
-        self.metadata = read_header(path).metadata
+        header = read_header(path)
+        with torch.inference_mode(False):  # they may end up in a training run
+            super().__init__(read_tensors(header))
+        self.metadata = header.metadata
 
 
 def run_settings(widgets: Mapping[str, Any], more: str) -> dict[str, Any]:
@@ -350,9 +354,7 @@ def result(
     meter: Meter,
 ) -> io.NodeOutput:
     tensors = LoRATensors(product)
-    found = match(tensors, model, None)
-    check_match(found, product)
-    trained, _ = patched(model, None, found, product, 1.0)
+    trained, _ = patched(model, None, find_patches(product, model, None), product, 1.0)
     lines = read_log(outcome.folder)
     losses = [line["loss"] for line in lines if "loss" in line]
     preference = newest_numbers(lines)

@@ -87,7 +87,8 @@ def add_files(command: argparse.ArgumentParser, loras: bool = True) -> None:
         type=lora_strength,
         action="append",
         metavar="PATH[=0.8]",
-        help="merge a LoRA at this strength (1 if none is given); may be given several times",
+        help="merge a LoRA (a file, or a folder of PEFT or diffusers) at this strength (1 if none "
+        "is given); may be given several times",
     )
 
 

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from .checkpoints.header import fingerprint, read_header
 from .checkpoints.load import load_clip, load_mmdit, load_t5, load_vae
+from .checkpoints.lora_files import lora_path
 from .checkpoints.tensors import read_bytes
 from .conditioning import Conditioning
 from .guidance import classifier_free, inpaint, latent_mask
-from .lora import merge
+from .lora import merge_all
 from .models.clip import CLIPTextModel
 from .models.mmdit import MMDiT
 from .models.t5 import T5Encoder
@@ -171,9 +172,7 @@ def encoder_identity(plan: Plan) -> str:
 
 def with_loras(network: Network, kind: str, plan: Plan) -> Network:
     """The network itself, with the plan's LoRAs merged into its weights (never into the file)."""
-    for lora, strength in plan.loras:
-        if kind in lora.parts:
-            merge(network, lora.parts[kind], strength)
+    merge_all(network, [(x.parts[kind], strength) for x, strength in plan.loras if kind in x.parts])
     return network
 
 
@@ -372,12 +371,14 @@ def keep_masked(pixels: Tensor, plan: Plan) -> Tensor:
 def make_record(files: Files, plan: Plan) -> dict[str, Any]:
     """All it takes to draw the same pictures again, as JSON; see verify.py."""
     fingerprints = {kind: fingerprint(part.file) for kind, part in plan.parts.items()}
-    for index, (path, _) in enumerate(files.loras):
-        fingerprints[f"lora {index + 1}"] = fingerprint(path)
+    for index, ((path, _), (lora, _)) in enumerate(zip(files.loras, plan.loras, strict=True)):
+        fingerprints[f"lora {index + 1}"] = fingerprint(lora_path(path))
+        if lora.settings is not None:
+            fingerprints[f"lora {index + 1} {lora.settings.name}"] = _digest(lora.settings)
     for name in ("init", "mask"):
         path = getattr(plan.settings, name)
         if path is not None:
-            fingerprints[name] = hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+            fingerprints[name] = _digest(path)
     return {
         "format": FORMAT,
         "settings": _as_json(asdict(replace(plan.settings, dtype=dtype_name(plan.dtype)))),
@@ -392,6 +393,10 @@ def make_record(files: Files, plan: Plan) -> dict[str, Any]:
             "machine": platform.machine(),
         },
     }
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:

@@ -11,10 +11,9 @@ import torch
 
 from .checkpoints.layouts import SUPPLIERS, TITLES, Component, find_components
 from .checkpoints.load import component_of, read_config
-from .checkpoints.lora_files import LoRAFile, read_lora
+from .checkpoints.lora_files import LoRAFile, parts_that_fit, read_lora
 from .errors import CheckpointError
 from .guidance import SkipLayers, check_layers
-from .lora import check_fit
 from .models.mmdit import MMDiTConfig
 from .models.vae import VAEConfig
 from .pictures import check_readable
@@ -133,8 +132,10 @@ def make_plan(files: Files, settings: Settings) -> Plan:
         (read_lora(path, tuple(parts)), _number(f"the strength of {path.name}", strength))
         for path, strength in files.loras
     )
-    for (path, _), (lora, _) in zip(files.loras, loras, strict=True):
-        check_lora(path, lora, parts, settings.use)
+    loras = tuple(
+        (check_lora(path, lora, parts, settings.use), strength)
+        for (path, _), (lora, strength) in zip(files.loras, loras, strict=True)
+    )
     schedule = Schedule(_number("shift", settings.shift))
     skip = SkipLayers(
         settings.skip_layers or (),
@@ -237,23 +238,23 @@ def check_sizes(parts: Mapping[str, Component], sizes: Mapping[str, Any]) -> Non
         refuse("t5", f"tokens {sizes['t5'].d_model} wide", f"{mmdit.context_dim}")
 
 
-def check_lora(path: Path, lora: LoRAFile, parts: Mapping[str, Component], use: Container[str]):
-    """Raises CheckpointError when the LoRA is for another model; warns of parts that do nothing."""
-    idle = [TITLES[kind] for kind in lora.parts if kind in ENCODERS and kind not in use]
-    if idle:
-        warnings.warn(f"{path.name}: changes {', '.join(idle)}, which is off.", stacklevel=2)
-    here = [kind for kind in lora.parts if kind in parts]
-    if not here:
-        there = ", ".join(TITLES[kind] for kind in lora.parts)
-        raise CheckpointError(
-            f"{path.name}: changes {there} alone, which is not among the files given "
-            f"({', '.join(parts)}). Add it, or leave the LoRA away."
-        )
-    for kind in here:
-        try:
-            check_fit(lora.parts[kind], parts[kind].shapes)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path.name}: {error}") from error
+def check_lora(
+    path: Path, lora: LoRAFile, parts: Mapping[str, Component], use: Container[str]
+) -> LoRAFile:
+    """The LoRA without what these files have no network for.
+
+    Warns of parts that do nothing.  Raises CheckpointError when it is for another model.
+    """
+    shapes = {kind: part.shapes for kind, part in parts.items()}
+    here = parts_that_fit(path.name, lora, shapes)
+    for kinds, why in (
+        ([kind for kind in here if kind in ENCODERS and kind not in use], "which is off"),
+        ([kind for kind in lora.parts if kind not in parts], "which is not among the files given"),
+    ):
+        if kinds:
+            changed = ", ".join(TITLES[kind] for kind in kinds)
+            warnings.warn(f"{path.name}: changes {changed}, {why}.", stacklevel=2)
+    return replace(lora, parts={kind: lora.parts[kind] for kind in here})
 
 
 def model_preset(mmdit: Component, config: MMDiTConfig) -> Preset:

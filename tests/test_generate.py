@@ -1,11 +1,13 @@
 """Prompt to picture with a tiny model of generated weights: laws and refusals."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sd3_pack.sd3_core import generate as generation
 from sd3_pack.sd3_core.checkpoints.load import load_mmdit, load_vae
 from sd3_pack.sd3_core.errors import CheckpointError, NumericalError
@@ -333,6 +335,49 @@ def test_loras_act_by_their_strength_and_are_recorded(files, plain, tmp_path):
     assert not torch.equal(half.pixels, whole.pixels)
     assert half.record["loras"] == [[path.as_posix(), 0.5]]
     assert "lora 1" in half.record["fingerprints"]
+
+
+def peft_folder(path, alpha):
+    """A LoRA of rank 2 as PEFT leaves it."""
+    path.mkdir()
+    name = "base_model.model.transformer_blocks.0.attn.to_q"
+    generator = torch.Generator().manual_seed(2)
+    tensors = {
+        f"{name}.lora_A.weight": torch.randn(2, 128, generator=generator),
+        f"{name}.lora_B.weight": torch.randn(128, 2, generator=generator),
+    }
+    save_file(tensors, path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def test_a_folder_of_peft_acts_at_its_own_strength_and_is_recorded(files, plain, tmp_path):
+    four = peft_folder(tmp_path / "four", alpha=4)
+    one = peft_folder(tmp_path / "one", alpha=1)
+    drawn = generate(replace(files, loras=((four, 0.25),)), QUICK)
+    assert torch.equal(drawn.pixels, generate(replace(files, loras=((one, 1.0),)), QUICK).pixels)
+    assert not torch.equal(drawn.pixels, plain.pixels)
+    assert drawn.record["loras"] == [[four.as_posix(), 0.25]]
+    stored = drawn.record["fingerprints"]
+    (four / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8}')
+    now = generate(replace(files, loras=((four, 0.25),)), QUICK).record["fingerprints"]
+    changed = [name for name in stored if stored[name] != now[name]]
+    assert changed == ["lora 1 adapter_config.json"]
+
+
+def test_a_lora_for_an_encoder_that_is_not_there_is_noted_or_refused(files, tmp_path):
+    both = write_tiny_lora(tmp_path / "style.safetensors")
+    alone = tmp_path / "alone.safetensors"
+    tensors = {key: value for key, value in load_file(both).items() if "clip_l" in key}
+    save_file(tensors, alone)
+    write_tiny_checkpoint(tmp_path / "without.safetensors", ("mmdit", "vae", "clip_g"))
+    network = Files(checkpoint=tmp_path / "without.safetensors")
+    with pytest.warns(UserWarning, match="CLIP-L, which is not among the files"):
+        plan = make_plan(replace(network, loras=((both, 1.0),)), QUICK)
+    assert list(plan.loras[0][0].parts) == ["mmdit"]
+    with pytest.raises(CheckpointError, match=r"alone\.safetensors: changes .*CLIP-L alone"):
+        make_plan(replace(network, loras=((alone, 1.0),)), QUICK)
 
 
 def test_a_lora_of_another_model_is_refused_before_the_work(files, tmp_path):

@@ -16,6 +16,7 @@ from . import lora_keys
 from .header import is_folder, read_header
 from .layouts import COMPONENTS, SUPPLIERS, Component, find_components
 from .load import Config, read_config
+from .lora_files import lora_in
 from .sources import SCALE_NAMES, SCALE_SIGNS
 from .stored import Part, name_list
 
@@ -137,9 +138,12 @@ def inspect(path: str | Path) -> Report:
 
 
 def _inspect_lora(path: Path) -> Report | None:
-    if is_folder(path) or path.suffix == ".json":
+    if path.suffix == ".json":
         return None
-    header = read_header(path)
+    file = lora_in(path) if is_folder(path) else path
+    if file is None:
+        return None
+    header = read_header(file)
     shapes = {name: info.shape for name, info in header.tensors.items()}
     lora = lora_keys.describe(shapes)
     if lora is None:

@@ -195,6 +195,19 @@ def test_a_lora_is_described_as_one(tmp_path):
     assert json.loads(report.to_json())["lora"]["dialect"] == report.lora.dialect
 
 
+def test_a_folder_of_peft_is_described_as_its_lora(tmp_path):
+    name = "base_model.model.transformer_blocks.0.attn.to_q"
+    tensors = {
+        f"{name}.lora_A.weight": torch.zeros(4, 128),
+        f"{name}.lora_B.weight": torch.zeros(128, 4),
+        f"{name}.lora_magnitude_vector": torch.zeros(128),
+    }
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    lora = inspect(tmp_path).lora
+    assert lora is not None
+    assert (lora.dialect, lora.kinds) == ("PEFT", {"LoRA": 1, "DoRA": 1})
+
+
 def test_a_lora_has_a_precision_and_a_parameter_count(tmp_path):
     name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
     tensors = {
