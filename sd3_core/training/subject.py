@@ -15,7 +15,7 @@ from ..text.encoders import ENCODERS
 from .config import TrainConfig
 from .dataset import Dataset, read_dataset
 from .densities import find_density
-from .folders import Source, check_apart
+from .folders import Source, check_apart, check_held
 from .framing import Framing
 from .loop import Poll, never
 from .objectives import Objective, RectifiedFlow, find_objective
@@ -44,8 +44,9 @@ def find_subject(config: TrainConfig, poll: Poll = never) -> Subject:
     """
     if not config.data:
         raise ValueError('data is missing; name a folder of pictures: data = "pictures".')
+    check_held(config.data, config.validation_data)
     if config.method != "dpo":  # pairs are listed, not all that lies in a folder
-        check_apart([one.path.resolve() for one in (*config.data, *config.validation_data)])
+        check_apart((*config.data, *config.validation_data))
     parts = find_networks(config)
     sizes: dict[str, Any] = {kind: read_config(part) for kind, part in parts.items()}
     if config.method == "scratch":
