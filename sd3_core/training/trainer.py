@@ -41,6 +41,7 @@ from .subject import (
     Subject,
     cache_folder,
     find_subject,
+    lora_targets,
     patch_pixels,
     small_model,
     zero_encoders,
@@ -273,12 +274,9 @@ def network_to_train(
 
 
 def add_lora(model: MMDiT, config: TrainConfig) -> TrainableLoRA:
-    targets = lora.mmdit_targets(
-        model, kinds=config.lora_kinds, streams=config.lora_streams, blocks=config.lora_blocks
-    )
     return lora.add(
         model,
-        targets,
+        lora_targets(model, config),
         rank=config.rank,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
@@ -290,8 +288,6 @@ def _settle_qk_norm(model: MMDiT, config: TrainConfig) -> None:
     if config.qk_norm and not model.config.qk_norm:
         add_qk_norm(model)
         model.requires_grad_(True)
-    if config.qk_norm is False and model.config.qk_norm:
-        raise ValueError("qk_norm is false, but the model has it; leave the setting away.")
 
 
 def tell_plan(
