@@ -365,9 +365,24 @@ def test_a_run_that_cannot_fit_is_refused_with_advice(config, monkeypatch):
     from sd3_pack.sd3_core.training import trainer
 
     monkeypatch.setattr(trainer, "free_memory", lambda device: 1000.0)
-    with pytest.raises(ValueError, match="gradient_checkpointing = true.*check_memory = false"):
-        train(config)
+    for asked in (config, replace(scratch(config), run_name="new"), replace(config, ema=0.9)):
+        with monkeypatch.context() as nothing_encoded:
+            nothing_encoded.setattr(trainer, "encode_all", None)
+            nothing_encoded.setattr(trainer, "encode_samples", None)
+            with pytest.raises(ValueError, match="gradient_checkpointing.*check_memory = false"):
+                train(asked)
     train(replace(config, check_memory=False))
+
+
+def test_what_is_free_is_looked_at_again_when_the_network_is_there(config, monkeypatch):
+    """Another program may take the memory while pictures are encoded."""
+    from sd3_pack.sd3_core.training import trainer
+
+    free = iter((2.0**40, 1000.0))
+    monkeypatch.setattr(trainer, "free_memory", lambda device: next(free))
+    with pytest.raises(ValueError, match="check_memory = false"):
+        train(config)
+    assert next(free, None) is None
 
 
 @pytest.mark.parametrize(
