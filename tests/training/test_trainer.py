@@ -417,7 +417,7 @@ def test_what_cannot_work_is_refused(config, change, message):
 def test_it_is_refused_before_anything_is_encoded(config, change, message, monkeypatch):
     from sd3_pack.sd3_core.training import trainer
 
-    monkeypatch.setattr(trainer, "prepared", None)
+    monkeypatch.setattr(trainer, "encode_all", None)
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(ValueError, match=message):
         train(replace(config, **change))
