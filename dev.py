@@ -13,6 +13,7 @@ import argparse
 import configparser
 import contextlib
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -158,7 +159,9 @@ def prepare(purpose: str) -> None:
 def create_environment() -> None:
     print(f"creating {VENV}", flush=True)
     found_something = VENV.exists()
-    made = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True)
+    made = subprocess.run(
+        [sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True, errors="replace"
+    )
     if made.returncode:
         if not found_something:
             shutil.rmtree(VENV, ignore_errors=True)  # half an environment would pass for a whole
@@ -324,6 +327,9 @@ def demo(prompt: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a narrow code page must not end a command
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

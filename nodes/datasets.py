@@ -19,6 +19,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ..sd3_core.plain_text import check_whole
 from ..sd3_core.training.folders import Source, list_pictures
 from ..sd3_core.training.preferences import CHOSEN, REJECTED, list_pairs
 from ..sd3_core.training.report import some_names
@@ -26,7 +27,7 @@ from ._compat import advanced, schema
 from .comfy_text import tokenizer_files
 from .errors import NodeError, coded
 from .text import is_changed
-from .wires import CATEGORY, describe_file, origin_of, report
+from .wires import CATEGORY, checked_images, describe_file, origin_of, report
 
 DATASET, PREFERENCES = "SD3_DATASET", "SD3_PREFERENCES"
 SHOWN = 5  # captions in a report
@@ -83,7 +84,7 @@ def data_fingerprint(name: str) -> str:
     """Changes when a file in the folder does."""
     path = find_data(name)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    digest = hashlib.sha256(str(path).encode())
+    digest = hashlib.sha256(os.fsencode(path))
     for file in files:
         state = file.stat()
         digest.update(repr((str(file), state.st_size, state.st_mtime_ns)).encode())
@@ -151,7 +152,10 @@ def keep_pictures(images: Mapping[str, Tensor], captions: Sequence[str]) -> Path
     keeps them; the folder is named by its content.  Not in ComfyUI's temporary folder, which is
     emptied when it starts: a run must be able to go on.
     """
-    levels = {side: as_levels(batch) for side, batch in images.items()}
+    for caption in captions:
+        with coded("bad_setting"):
+            check_whole(caption, "captions")
+    levels = {side: as_levels(side or "images", batch) for side, batch in images.items()}
     content = hashlib.sha256(repr(list(captions)).encode())
     for side, batch in levels.items():
         content.update(repr((side, batch.shape)).encode() + batch.tobytes())
@@ -173,7 +177,8 @@ def keep_pictures(images: Mapping[str, Tensor], captions: Sequence[str]) -> Path
     return folder
 
 
-def as_levels(images: Tensor) -> np.ndarray:
+def as_levels(name: str, images: Tensor) -> np.ndarray:
+    images = checked_images(name, images)
     return (images.detach().float().cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8)
 
 

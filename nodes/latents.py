@@ -14,6 +14,8 @@ from .progress import Meter, check_finite
 from .wires import (
     CATEGORY,
     NATIVE_PIXELS,
+    check_numbers,
+    checked_images,
     empty_latent,
     fitted_mask,
     origin_of,
@@ -202,6 +204,9 @@ class SD3VAEEncode(io.ComfyNode):
     @classmethod
     def execute(cls, pixels: Tensor, vae: Any, mask: Tensor | None = None) -> io.NodeOutput:
         check_vae(vae)
+        pixels = checked_images("pixels", pixels)
+        if mask is not None:
+            check_numbers("mask", mask)
         meter = Meter(vae.device)
         samples = vae.encode(pixels)
         with coded("bad_setting"):

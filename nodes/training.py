@@ -34,7 +34,7 @@ from ..sd3_core.training.curve import density_image
 from ..sd3_core.training.densities import find_density
 from ..sd3_core.training.dpo import newest_numbers, spoken
 from ..sd3_core.training.flow import STORED
-from ..sd3_core.training.folders import list_pictures
+from ..sd3_core.training.folders import check_held, list_pictures
 from ..sd3_core.training.loop import Outcome
 from ..sd3_core.training.objectives import RectifiedFlow
 from ..sd3_core.training.preferences import list_pairs
@@ -242,11 +242,13 @@ class Datasets:
                     f"{name} is encoded by other files than what is learnt from; connect one CLIP "
                     "and one VAE to both."
                 )
-            if other.source.path == self.taught.source.path:
+            if name == "prior" and other.source.path == self.taught.source.path:
                 raise ValueError(
-                    f"{name} is the folder {other.source.path.name}, which is learnt from; it "
-                    "takes another one."
+                    f"prior is the folder {other.source.path.name}, which is learnt from; it takes "
+                    "another one."
                 )
+        held = () if self.validation is None else (self.validation.source,)
+        check_held((self.taught.source,), held)
 
     def settings(self, mmdit: Path) -> dict[str, Any]:
         """Pictures and the networks that read them; a text encoder not connected takes no part."""

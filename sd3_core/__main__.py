@@ -2,6 +2,7 @@
 bench"""
 
 import argparse
+import io
 import re
 import secrets
 import sys
@@ -21,6 +22,9 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.  Exit status: 0, 1 (verify: not equal), 2 (refused) or 130 (stopped)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a narrow code page must not end a command
+            stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     try:
         return options.run(options)
@@ -579,12 +583,18 @@ def print_from_kohya(path: Path) -> int:
     from .training.kohya import translate
 
     translated = translate(path)
-    print(translated.toml())
+    print(translated.toml(ascii_only=not is_utf8(sys.stdout)))
     for line in translated.ignored:
         print(f"not used: {line}", file=sys.stderr)
+    for line in translated.notes:
+        print(f"note: {line}", file=sys.stderr)
     for line in translated.defaults:
         print(f"by default there: {line}", file=sys.stderr)
     return 0
+
+
+def is_utf8(stream: Any) -> bool:
+    return (getattr(stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
 
 
 def chosen_files(options: argparse.Namespace) -> "Files":

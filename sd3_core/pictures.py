@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .checkpoints.save import save_bytes
 from .decode import Upright, decode
+from .plain_text import as_json
 
 SETTINGS_KEY = "sd3_workbench"  # the PNG text chunk
 
@@ -67,7 +68,7 @@ def _read(path: str | Path) -> Upright:
 def save_png(pixels: Tensor, path: Path, settings: dict[str, Any]) -> Path:
     """Write uint8 [H, W, 3] with its settings inside, whole or not at all; see save_bytes."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False))
+    info.add_itxt(SETTINGS_KEY, as_json(settings))
     file = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(file, format="PNG", pnginfo=info)
     return save_bytes(path, file.getvalue())

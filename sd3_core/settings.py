@@ -17,6 +17,7 @@ from .guidance import SkipLayers, check_layers
 from .models.mmdit import MMDiTConfig
 from .models.vae import VAEConfig
 from .pictures import check_readable
+from .plain_text import check_whole
 from .precision import pick_device, pick_dtype, wide_dtype
 from .presets import Preset, preset_for
 from .samplers import SAMPLERS
@@ -359,11 +360,9 @@ def check(settings: Settings, parts: Mapping[str, Component], mmdit: MMDiTConfig
 
 def check_prompt(prompt: str) -> None:
     """Raises ValueError for a prompt that no encoder can read."""
+    check_whole(prompt, "the prompt")
     try:
-        prompt.encode()
         check_weights(parse_prompt(prompt))
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is no Unicode text ({error}).") from error
     except RecursionError as error:
         raise ValueError("the prompt's parentheses are nested too deeply to be meant.") from error
 

@@ -1,7 +1,9 @@
 """The command line, run as a user runs it."""
 
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +17,7 @@ from sd3_pack.sd3_core.embedded.captions import short_caption
 from sd3_pack.sd3_core.embedded.render import draw as draw_scenes
 from sd3_pack.sd3_core.embedded.scenes import scenes
 from sd3_pack.sd3_core.pictures import read_png, save_png, to_uint8
+from sd3_pack.sd3_core.training.config import read_toml
 from sd3_pack.sd3_core.verify import LATER_SETTINGS
 from tiny import write_tiny_checkpoint
 from tiny_tokenizers import write_tiny_tokenizers
@@ -53,6 +56,59 @@ def test_one_command_turns_a_prompt_into_a_picture(model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "out.png") in done.stdout
     assert Image.open(tmp_path / "out.png").size == (64, 48)
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_no_word_ends_a_command_under_a_narrow_code_page(model, tmp_path, encoding):
+    """Redirected: a prompt and names for which the code page has no letters."""
+    name = "ein Vögelchen 猫 😀"
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copy(model, folder / "modèle 猫.safetensors")
+    (folder / "kohya.toml").write_text(f'output_dir = "{name}"', encoding="utf-8")
+    drawing = ["generate", name, "--checkpoint", str(folder / "modèle 猫.safetensors"), *QUICK]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    # One process: each start takes seconds.
+    script = (
+        "import sys; from sd3_core.__main__ import main\n"
+        "sys.exit(max(main(line.split('\\t')) for line in sys.argv[1:]))"
+    )
+    lines = [
+        [*drawing, "-o", str(folder / "猫.png")],
+        ["verify", str(folder / "猫.png")],
+        ["inspect", str(folder / "modèle 猫.safetensors")],
+        ["inspect", "--json", str(folder / "modèle 猫.safetensors")],
+        ["train", "--from-kohya", str(folder / "kohya.toml")],
+    ]
+    command = [sys.executable, "-c", script, *("\t".join(line) for line in lines)]
+    done = subprocess.run(command, cwd=PACK, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    told = done.stdout.decode(encoding)
+    assert "\\u732b.png" in told
+    settings = read_toml(told[told.rindex("run_name") :])
+    assert settings["output"] == name
+    failed = [*command[:3], "inspect\t" + str(folder / "no 猫.safetensors")]
+    done = subprocess.run(failed, cwd=PACK, capture_output=True, env=environment)
+    assert (done.returncode, b"error: " in done.stderr) == (2, True)
+
+
+def test_a_model_whose_name_is_not_utf8_draws_and_verifies(model, tmp_path):
+    odd = tmp_path / os.fsdecode(b"mod\xe8le.safetensors")
+    try:
+        shutil.copy(model, odd)
+    except OSError as error:
+        pytest.skip(f"this file system has no such names ({error})")
+    picture = tmp_path / os.fsdecode(b"\xe9.png")
+    assert draw(odd, picture, "--seed", "5") == 0
+    assert main(["verify", str(picture)]) == 0
+    assert main(["inspect", str(odd)]) == 0
+    assert main(["export", str(tmp_path / "all.safetensors"), "--checkpoint", str(odd)]) == 0
+
+
+def test_half_a_character_in_a_prompt_is_one_sentence(model, tmp_path, capsys):
+    options = ["--checkpoint", str(model), "-o", str(tmp_path / "out.png"), *QUICK]
+    assert main(["generate", "a \ud83d cat", *options]) == 2
+    assert "the prompt holds half a character (U+D83D)" in capsys.readouterr().err
 
 
 def test_a_picture_is_verified_bit_for_bit(model, tmp_path, capsys):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..models.cast import Scaled
+from ..plain_text import as_json, printable
 from .header import DTYPE_NAMES
 from .layouts import COMPONENTS, PREFIXES, Component
 from .load import read_state_dict
@@ -113,7 +114,9 @@ def _temporary(path: Path) -> Iterator[Path]:
 
 def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    # Of a file's name only what is text: other readers refuse the rest.
+    told = {name: printable(value) for name, value in metadata.items()}
+    entries: dict[str, object] = {"__metadata__": told}
     position = 0
     for name in names:
         tensor = tensors[name]
@@ -124,7 +127,7 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             "data_offsets": [position, end],
         }
         position = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text = as_json(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:  # one at a time: a mapped 16 GB model passes through little memory

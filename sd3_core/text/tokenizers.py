@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError
+from ..plain_text import check_whole
 from .prompt import Piece
 
 CLIP_START = "<|startoftext|>"
@@ -197,7 +198,7 @@ def _t5_from_spiece(files: TokenizerFiles) -> Tokenizer:
 
     def ids(text: str) -> list[int]:
         found: list[int] = []
-        for part in between.split(checked(text)):
+        for part in between.split(check_whole(text, "the prompt")):
             found += [special[part]] if part in special else processor.encode(part)
         return found
 
@@ -214,18 +215,11 @@ def _t5_from_spiece(files: TokenizerFiles) -> Tokenizer:
 
 
 def _encode(backend: Any) -> Callable[[str], list[int]]:
-    return lambda text: backend.encode(checked(text), add_special_tokens=False).ids
+    def encode(text: str) -> list[int]:
+        whole = check_whole(text, "the prompt")
+        return backend.encode(whole, add_special_tokens=False).ids
 
-
-def checked(text: str) -> str:
-    """The text itself.  Raises ValueError for half a character, which JSON and shells let pass."""
-    half = re.search("[\ud800-\udfff]", text)
-    if half is None:
-        return text
-    raise ValueError(
-        f"the prompt holds half a character (U+{ord(half[0]):04X}), as a badly copied emoji leaves "
-        "behind: delete it or type it anew."
-    )
+    return encode
 
 
 def _size(backend: Any) -> int:

@@ -5,13 +5,15 @@ import json
 import math
 import re
 import types
+import warnings
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..lora import KINDS, STREAMS
-from ..settings import FLAGS, Files
+from ..plain_text import check_whole, decode_text
+from ..settings import FLAGS, LARGEST, LONGEST_T5, Files
 from ..text.encoders import ENCODERS
 from .folders import Source
 
@@ -179,6 +181,13 @@ class TrainConfig(LoopConfig):
             self.dtype in ("auto", "bf16", "fp32"),
             "auto, bf16 or fp32: fp16 overflows in training",
         )
+        steps, cfg = self.sample_steps or 1, self.sample_cfg or 0.0
+        _check(self, "sample_steps", self.sample_steps != 0 and steps >= 1, "a whole number from 1")
+        _check(self, "sample_cfg", abs(cfg) <= LARGEST, f"a number, at most {LARGEST:g} in size")
+        _check(self, "sample_seed", 0 <= self.sample_seed < 2**64, "between 0 and 2**64 - 1")
+        rows = LONGEST_T5 if self.t5_length == "auto" else self.t5_length
+        good = isinstance(rows, int) and 1 <= rows <= LONGEST_T5
+        _check(self, "t5_length", good, f"auto or a number of tokens from 1 to {LONGEST_T5}")
         if self.sample_every and not self.sample_prompts:
             raise ValueError("sample_every is set without sample_prompts: give a list of prompts.")
         _check(self, "dpo_beta", 0 < self.dpo_beta < math.inf, "above 0, such as 2000")
@@ -251,11 +260,14 @@ def _choice(config: Any, name: str, known: tuple[str, ...]) -> None:
 def read_settings(path: Path) -> dict[str, Any]:
     """The table in a .toml or .json file.  Raises ValueError."""
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', error)})."
-        ) from error
+        read = decode_text(path.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({error.strerror or error}).") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from error
+    if read.note:
+        warnings.warn(f"{path.name} {read.note}.", stacklevel=2)
+    text = read.text
     try:
         table = json.loads(text) if path.suffix.lower() == ".json" else read_toml(text)
     except ValueError as error:
@@ -296,7 +308,17 @@ def make_config(table: Mapping[str, Any]) -> TrainConfig:
     missing = [f.name for f in fields(TrainConfig) if f.default is MISSING and f.name not in table]
     if missing:
         raise ValueError(f"{', '.join(missing)} is missing; it names the run and its folder.")
+    for name, value in table.items():
+        if not {Path, Source} & {hints[name], *get_args(hints[name])}:  # names of files may be odd
+            _check_texts(name, value)
     return TrainConfig(**{name: _value(name, table[name], hints[name]) for name in table})
+
+
+def _check_texts(name: str, value: Any) -> None:
+    """Raises ValueError for half a character."""
+    for text in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(text, str):
+            check_whole(text, name)
 
 
 def plain_settings(config: LoopConfig) -> dict[str, Any]:
@@ -319,7 +341,9 @@ def told_settings(config: LoopConfig) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Source):
         plain = {"path": value.path.as_posix(), "repeats": value.repeats, "weight": value.weight}
-        return {**plain, "prior": True} if value.prior else plain
+        rare = {field.name: getattr(value, field.name) for field in fields(Source)[len(plain) :]}
+        unsaid = {field.name: field.default for field in fields(Source)}
+        return plain | {name: one for name, one in rare.items() if one != unsaid[name]}
     if isinstance(value, Path):
         return value.as_posix()
     return [_plain(one) for one in value] if isinstance(value, tuple) else value
@@ -384,7 +408,7 @@ def _source(value: Any) -> Source:
         return value
     if isinstance(value, str | Path):
         return Source(Path(value))
-    known = {"path", "repeats", "weight", "prior"}
+    known = {field.name for field in fields(Source)}
     if not isinstance(value, Mapping) or not {"path"} <= set(value) <= known:
         raise TypeError
     return Source(
@@ -392,6 +416,9 @@ def _source(value: Any) -> Source:
         _of(value.get("repeats", 1), int),
         float(_of(value.get("weight", 1.0), int, float)),
         _of(value.get("prior", False), bool),
+        _of(value.get("subfolders", True), bool),
+        _of(value.get("caption", ""), str),
+        _of(value.get("caption_extension", ""), str),
     )
 
 

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..decode import EXTENSIONS
+from ..plain_text import check_whole, decode_text
 from .report import Skipped
 
 METADATA = "metadata.jsonl"
@@ -25,21 +26,28 @@ FOREIGN = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".n
 REPEATED = re.compile(r"(\d{1,3})_(.+)")  # kohya's `10_name`; `2024_trip` is just a name
 LONGEST_CAPTIONS = 2**20  # bytes of a caption file
 
+Notes = list[tuple[Path, str]]  # what is to be told of files of text
+
 
 @dataclass(frozen=True)
 class Source:
-    """A folder to train on, with all folders in it.
+    """A folder to train on, with all folders in it where `subfolders` says so.
 
     repeats: how often an epoch shows each picture, on top of the repeats in kohya's folder names.
     weight: factor of its pictures' loss.
     prior: nothing is learnt from these pictures: on them a LoRA is held to what the network answers
         without it (prior preservation; see flow.FlowTask).
+    caption: of a picture that has none.
+    caption_extension: NAME + this holds the captions, such as ".txt"; else .txt, then .caption.
     """
 
     path: Path
     repeats: int = 1
     weight: float = 1.0
     prior: bool = False
+    subfolders: bool = True
+    caption: str = ""
+    caption_extension: str = ""
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class Listing:
     found: tuple[Found, ...]
     skipped: tuple[Skipped, ...]
     repeated_folders: dict[str, int]
+    notes: tuple[str, ...] = ()  # of files of text, such as one that is not UTF-8
 
 
 def list_pictures(source: Source, prefix: str = "") -> Listing:
@@ -82,18 +91,20 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
     """
     check_source(source)
     skipped: list[Skipped] = []
+    notes: Notes = []
     folders = list(_folders(source.path, skipped))
+    folders = folders if source.subfolders else folders[:1]
     rows: dict[Path, Row] = {}
     for folder, names in folders:
         if METADATA in names:
-            rows.update(_read_metadata(folder))
+            rows.update(_read_metadata(folder, notes))
     repeated: dict[str, int] = {}
     found: list[Found] = []
     for path in (folder / name for folder, names in folders for name in names):
         inside = path.relative_to(source.path)
         shown = prefix + inside.as_posix()
         match = REPEATED.fullmatch(inside.parts[0]) if len(inside.parts) > 1 else None
-        repeats, fallback = (int(match[1]), match[2]) if match else (1, "")
+        repeats, fallback = (int(match[1]), match[2]) if match else (1, source.caption)
         if match:
             repeated[prefix + match[0]] = repeats
         if path.suffix.lower() in FOREIGN:
@@ -102,7 +113,8 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
             continue
         row = rows.pop(path, Row())
         try:
-            captions = _captions(path, row) or (((fallback,),) if fallback else ())
+            captions = _captions(path, row, source.caption_extension, notes)
+            captions = captions or (((fallback,),) if fallback else ())
         except ValueError as error:
             skipped.append(Skipped(shown, str(error)))
             continue
@@ -111,7 +123,8 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
     for path, row in rows.items():
         shown = prefix + path.relative_to(source.path).as_posix()
         skipped.append(Skipped(shown, f"{row.line} names it, but no such picture is used"))
-    return Listing(tuple(found), tuple(skipped), repeated)
+    told = (f"{prefix}{path.relative_to(source.path).as_posix()} {note}" for path, note in notes)
+    return Listing(tuple(found), tuple(skipped), repeated, tuple(told))
 
 
 def check_source(source: Source) -> None:
@@ -120,18 +133,35 @@ def check_source(source: Source) -> None:
         raise ValueError(f"{source.path}: {what}; name a folder of pictures.")
     if source.repeats < 1:
         raise ValueError(f"{source.path}: repeats is {source.repeats}; it must be at least 1.")
+    extension = source.caption_extension
+    if extension != os.path.basename(extension) or "\\" in extension or "\0" in extension:
+        raise ValueError(
+            f"{source.path}: caption_extension is {extension!r}; expected the end of a name, such "
+            "as .txt."
+        )
     if not (math.isfinite(source.weight) and source.weight > 0):
         raise ValueError(f"{source.path}: weight is {source.weight}; it must be above 0.")
 
 
-def check_apart(folders: Sequence[Path]) -> None:
+def check_apart(sources: Sequence[Source]) -> None:
     """Raises ValueError where one folder, resolved, lies in another: its pictures would be both."""
-    for inner in folders:
-        if outer := next((folder for folder in folders if folder in inner.parents), None):
+    deep = [source.path.resolve() for source in sources if source.subfolders]
+    for inner in (source.path.resolve() for source in sources):
+        if outer := next((folder for folder in deep if folder in inner.parents), None):
             raise ValueError(
                 f"{inner}: lies in {outer}, which is given, too, and takes all folders in it. Put "
-                "them side by side."
+                "them side by side, or give that one subfolders = false."
             )
+
+
+def check_held(learnt: Sequence[Source], held: Sequence[Source]) -> None:
+    """Raises ValueError where it would be measured on what is learnt from, as if it were not."""
+    known = {source.path.resolve() for source in learnt if not source.prior}
+    if both := next((one.path for one in held if one.path.resolve() in known), None):
+        raise ValueError(
+            f"{both}: is learnt from, and given as validation, which is measured on other pictures."
+            " Name others; without any it is measured on those that are learnt from, and says so."
+        )
 
 
 def _folders(top: Path, skipped: list[Skipped]) -> Iterator[tuple[Path, list[str]]]:
@@ -153,15 +183,16 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _captions(path: Path, row: Row) -> tuple[tuple[str, ...], ...]:
-    original = row.captions or _lines(path.with_suffix(".txt"))
-    original = original or _lines(path.with_suffix(".caption"))
-    original = original or _lines(path.with_name(f"{path.name}.txt"))
-    synthetic = row.synthetic or _lines(path.with_suffix(".synthetic.txt"))
+def _captions(path: Path, row: Row, extension: str, notes: Notes) -> tuple[tuple[str, ...], ...]:
+    names = [f"{path.stem}.txt", f"{path.stem}.caption", f"{path.name}.txt"]
+    original = row.captions
+    for name in [f"{path.stem}{extension}"] if extension else names:
+        original = original or _lines(path.with_name(name), notes)
+    synthetic = row.synthetic or _lines(path.with_suffix(".synthetic.txt"), notes)
     return tuple(captions for captions in (original, synthetic) if captions)
 
 
-def _lines(path: Path) -> tuple[str, ...]:
+def _lines(path: Path, notes: Notes) -> tuple[str, ...]:
     """The lines of a text file that are not empty; none when there is no file."""
     try:
         if path.stat().st_size > LONGEST_CAPTIONS:
@@ -171,24 +202,30 @@ def _lines(path: Path) -> tuple[str, ...]:
         return ()
     except OSError as error:
         raise ValueError(f"{path.name} cannot be read ({error.strerror or error})") from error
-    utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # an older Windows editor
     try:
-        text = data.decode("utf-16" if utf16 else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path.name} is not UTF-8 text: save it as such") from error
-    return _texts(text.splitlines())
+        read = decode_text(data)
+    except ValueError as error:
+        raise ValueError(f"{path.name} {error}") from error
+    if read.note:
+        notes.append((path, read.note))
+    return _texts(read.text.splitlines())
 
 
 def _texts(lines: list[str]) -> tuple[str, ...]:
     return tuple(stripped for line in lines if (stripped := line.strip()))
 
 
-def _read_metadata(folder: Path) -> dict[Path, Row]:
+def _read_metadata(folder: Path, notes: Notes) -> dict[Path, Row]:
     file = folder / METADATA
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: cannot be read as UTF-8 text ({error}).") from error
+        read = decode_text(file.read_bytes())
+    except OSError as error:
+        raise ValueError(f"{file}: cannot be read ({error.strerror or error}).") from error
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}.") from error
+    lines = read.text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    if read.note:
+        notes.append((file, read.note))
     rows: dict[Path, Row] = {}
     for number, line in enumerate(lines, 1):
         if not line.strip():
@@ -224,6 +261,10 @@ def name_inside(name: object) -> str:
     """The name, if it leads nowhere but into its folder, whatever the system it is read on."""
     if not isinstance(name, str) or not name:
         raise ValueError("file_name is missing; expected the name of a picture")
+    try:
+        os.fsencode(name)
+    except UnicodeEncodeError:  # halves that stand for no byte
+        check_whole(name, "file_name")
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.anchor or ".." in path.parts:
             raise ValueError(f"file_name {name!r} leads out of its folder; give a name inside it")
@@ -237,6 +278,8 @@ def _strings(fields: dict[str, Any], name: str) -> tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} is {value!r}; expected a text or a list of texts")
+    for text in texts:
+        check_whole(text, name)
     return _texts(texts)
 
 

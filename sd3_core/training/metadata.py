@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Sequence
 
+from ..plain_text import as_json
 from .cache import Cache
 from .config import TrainConfig, told_settings
 from .stages import fingerprint_of
@@ -25,7 +26,7 @@ def metadata(
 
     changes: what distinguishes the frozen network from its file.
     """
-    settings = json.dumps(told_settings(config), ensure_ascii=False)
+    settings = as_json(told_settings(config))
     clip_rows = cache.layout.length - _t5_rows(cache)
     shared = {
         "modelspec.sai_model_spec": "1.0.0",

@@ -21,13 +21,18 @@ def load_to_train(part: Component, device: torch.device) -> MMDiT:
 
     Small steps on bf16 weights would be rounded away.  Raises ValueError for scaled fp8.
     """
+    check_trainable(part)
+    model = load_mmdit(part, device=device, ops=CastOps())
+    return model.float().requires_grad_(True)
+
+
+def check_trainable(part: Component) -> None:
+    """Raises ValueError for a network whose weights are scaled fp8; its header tells."""
     if any(source.scales for source in part.sources.values()):
         raise ValueError(
             f"{part.file.name}: holds scaled fp8 weights, too coarse to be trained on; take the "
             'bf16 file, or method = "lora".'
         )
-    model = load_mmdit(part, device=device, ops=CastOps())
-    return model.float().requires_grad_(True)
 
 
 def add_qk_norm(model: MMDiT) -> None:

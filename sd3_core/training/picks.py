@@ -7,6 +7,7 @@
 Both files are only ever appended to.  A vote may be taken back; a group is voted on once.
 """
 
+import codecs
 import hashlib
 import json
 import math
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.save import save_bytes
+from ..plain_text import as_json, check_whole
 from .order import shuffled
 from .preferences import PREFERENCES
 
@@ -135,6 +137,10 @@ class Picks:
         """
         if not FEWEST <= len(pictures) <= MOST:
             raise PickRefused(f"{len(pictures)} pictures; a group has {FEWEST} to {MOST}.")
+        try:
+            check_whole(prompt, "the prompt")
+        except ValueError as error:
+            raise PickRefused(str(error)) from error
         if not arms:
             every, pictures = pictures, different(pictures)
             places = [places[every.index(one)] for one in pictures] if places else ()
@@ -273,7 +279,7 @@ class Picks:
         A line that a crash tore ends here: it must not take the next one with it.
         """
         path = self.folder / name
-        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        data = "".join(as_json(line) + "\n" for line in lines).encode()
         self.folder.mkdir(parents=True, exist_ok=True)
         with _WRITING, path.open("ab+", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
@@ -322,7 +328,8 @@ def compare(arms: tuple[str, str], wins: tuple[int, int], ties: int) -> Comparis
 def _lines(path: Path) -> list[dict[str, Any]]:
     """The objects of a .jsonl file; torn lines are left out."""
     try:
-        texts = path.read_bytes().split(b"\n")  # a prompt may hold what else parts lines
+        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # an editor's
+        texts = data.split(b"\n")  # a prompt may hold what else parts lines
     except FileNotFoundError:
         return []
     found = []

@@ -13,11 +13,12 @@ line whose "id" is ID.
 import codecs
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..plain_text import check_whole, decode_text
 from .dataset import Dataset, Item
 from .folders import Found, Source, check_source, given_weight, list_pictures, name_inside
 from .framing import Framing
@@ -48,6 +49,7 @@ class PairListing:
     skipped: tuple[Skipped, ...] = ()
     ties: int = 0
     passed: int = 0  # neither chosen nor rejected: skipped by the person who was asked
+    notes: tuple[str, ...] = ()  # of files of text
 
     def __add__(self, other: "PairListing") -> "PairListing":
         return PairListing(
@@ -55,6 +57,7 @@ class PairListing:
             self.skipped + other.skipped,
             self.ties + other.ties,
             self.passed + other.passed,
+            self.notes + other.notes,
         )
 
 
@@ -125,7 +128,7 @@ def read_preferences(
         buckets=dict(sorted(Counter(item.bucket for item in items).items())),
         skipped=tuple(skipped),
         without_caption=tuple(one.pair.name for one in used if not one.pair.captions),
-        notes=tuple(note for one in used for note in one.notes()),
+        notes=(*listing.notes, *(note for one in used for note in one.notes())),
         ties=listing.ties,
         passed=listing.passed,
         mixed=tuple(one.pair.name for one in used if one.mixed),
@@ -223,25 +226,49 @@ def _from_folders(folder: Path) -> PairListing:
     if not ((folder / CHOSEN).is_dir() and (folder / REJECTED).is_dir()):
         return PairListing(())
     sides = {name: list_pictures(Source(folder / name)) for name in (CHOSEN, REJECTED)}
-    by_name = {
-        side: {Path(found.name).with_suffix("").as_posix(): found for found in listing.found}
-        for side, listing in sides.items()
-    }
     skipped = [
         Skipped(f"{side}/{one.name}", one.reason)
         for side, listing in sides.items()
         for one in listing.skipped
     ]
+    whole = {side: {one.name: one for one in sides[side].found} for side in sides}
+    stems = {side: _by_stem(found) for side, found in whole.items()}
+    pairs = []
+    for stem, names in stems[CHOSEN].items():
+        others = stems[REJECTED].get(stem, [])
+        if len(names) == len(others) == 1:
+            pairs.append((stem, names[0], others[0]))
+        else:  # a.png beside a.jpg: only the whole name tells which belong together
+            pairs += [(name, name, name) for name in names if name in others]
+    paired = {CHOSEN: {pair[1] for pair in pairs}, REJECTED: {pair[2] for pair in pairs}}
     for side, other in ((CHOSEN, REJECTED), (REJECTED, CHOSEN)):
-        for name in by_name[side].keys() - by_name[other].keys():
-            reason = f"there is no picture of this name in {other}/"
-            skipped.append(Skipped(f"{side}/{name}", reason))
-    pairs = [
-        _joined(name, chosen, by_name[REJECTED][name])
-        for name, chosen in by_name[CHOSEN].items()
-        if name in by_name[REJECTED]
-    ]
-    return PairListing(tuple(pairs), tuple(sorted(skipped, key=lambda one: one.name)))
+        for stem, names in stems[side].items():
+            for name in names:
+                if name not in paired[side]:
+                    skipped.append(_unpaired(side, other, names, name, stems[other].get(stem, [])))
+    listed = [_joined(n, whole[CHOSEN][one], whole[REJECTED][two]) for n, one, two in pairs]
+    notes = [f"{side}/{note}" for side, listing in sides.items() for note in listing.notes]
+    skipped.sort(key=lambda one: one.name)
+    return PairListing(tuple(listed), tuple(skipped), notes=tuple(notes))
+
+
+def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        stems.setdefault(Path(name).with_suffix("").as_posix(), []).append(name)
+    return stems
+
+
+def _unpaired(side: str, other: str, alike: list[str], name: str, others: list[str]) -> Skipped:
+    """Why a picture has no partner."""
+    if not others:
+        stem = Path(name).with_suffix("").as_posix()
+        return Skipped(f"{side}/{stem}", f"there is no picture of this name in {other}/")
+    several = [f"{side}/{one}" for one in alike] if len(alike) > 1 else []
+    several += [f"{other}/{one}" for one in others]
+    return Skipped(
+        f"{side}/{name}", f"several pictures have this name ({', '.join(several)}): name them apart"
+    )
 
 
 def _joined(name: str, chosen: Found, rejected: Found) -> Listed:
@@ -281,6 +308,7 @@ class _Lines:
         prompt = fields.get("prompt", fields.get("caption", ""))
         if not isinstance(prompt, str):
             raise ValueError(f"prompt is {prompt!r}; expected text")
+        check_whole(prompt, "the prompt")
         if "label_0" in fields:
             first, second = _name(fields, "jpg_0"), _name(fields, "jpg_1")
             if fields["label_0"] not in (0, 1):
@@ -306,24 +334,32 @@ def read_pairs(file: Path) -> PairListing:
     A line that is no JSON at all is skipped: a crash may have torn it, and the others still count.
     """
     try:
-        texts = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        data = file.read_bytes()
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # an editor's
+            data = decode_text(data).text.encode()
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error}).") from error
-    lines, skipped = _Lines(file.parent), []
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}.") from error
+    texts = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    lines, skipped, notes = _Lines(file.parent), [], []
     for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
         try:
-            fields = json.loads(text.decode())
+            read = decode_text(text)
+            fields = json.loads(read.text)
         except ValueError as error:
             reason = f"the line is no JSON in UTF-8, as if torn ({error})"
             skipped.append(Skipped(f"{PREFERENCES}:{number}", reason))
             continue
         except RecursionError as error:
             raise ValueError(f"{file}:{number}: {error}.") from error
+        if read.note:
+            notes.append(f"{PREFERENCES}:{number} {read.note}")
         try:
             lines.read(fields, number)
         except ValueError as error:
             raise ValueError(f"{file}:{number}: {error}.") from error
     pairs = tuple(lines.pairs.values())
-    return PairListing(pairs, tuple(skipped), len(lines.ties), len(lines.passed))
+    return PairListing(pairs, tuple(skipped), len(lines.ties), len(lines.passed), tuple(notes))

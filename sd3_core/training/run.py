@@ -28,6 +28,7 @@ from ..checkpoints.header import read_header
 from ..checkpoints.save import save_bytes, save_tensors
 from ..checkpoints.tensors import read_tensors
 from ..errors import CheckpointError
+from ..plain_text import as_json
 from .contents import Contents, changes, read_contents, write_contents
 
 FORMAT = 1
@@ -79,6 +80,12 @@ def named_folder(home: Path, name: str, what: str) -> Path:
     if folder.resolve().parent != home.resolve():
         raise ValueError(f"{folder}: is a link to another place; it has to be a folder of its own.")
     return folder
+
+
+def plain_name(text: str) -> str:
+    """The nearest name that named_folder takes."""
+    name = re.sub(r"[^\w .+-]", "_", text).lstrip(" .+-")[:LONGEST_NAME].rstrip(" .")
+    return f"_{name}"[:LONGEST_NAME].rstrip(" .") if _RESERVED.fullmatch(name) else name or "run"
 
 
 class Run:
@@ -143,7 +150,7 @@ class Run:
             "settings": dict(settings),
             "torch": str(torch.__version__),
         }
-        text = json.dumps(config, indent=1, ensure_ascii=False)
+        text = as_json(config, indent=1)
         save_bytes(self.folder / "config.json", text.encode(), aside=False)
 
     def _differences(
@@ -285,7 +292,7 @@ def read_state(path: Path) -> State:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = as_json(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -41,6 +41,7 @@ from .subject import (
     Subject,
     cache_folder,
     find_subject,
+    lora_targets,
     patch_pixels,
     small_model,
     zero_encoders,
@@ -123,10 +124,12 @@ def train(
                 say(f"{run.name}: {outcome.stopped}")
             return outcome
         config = with_new_mmdit(config, subject, run, world)
+        cache = model_cache_of(config, place)
+        check_room(config, subject, cache.layout.length, place)
         pictures = None
         if world.first and config.sample_every:
             pictures = encode_samples(config, subject.schedule, subject.resolution, poll)
-        cache = prepared(config, subject, place, say, on_progress)
+        encode_all(cache, subject, place, say, on_progress)
         task = make_task(config, subject, cache, place, pictures, base, poll)
         tell_plan(config, subject, task, cache.layout.length, run, say)
         return fit(task, run, config, world, on_step, on_note, task.verdict, task.acceptable)
@@ -211,22 +214,47 @@ def with_new_mmdit(config: TrainConfig, subject: Subject, run: Run, world: World
     return replace(config, mmdit=path)
 
 
-def prepared(
-    config: TrainConfig, subject: Subject, place: Place, say: OnNote, on_progress: OnProgress
-) -> Cache:
-    """Latents and text embeddings of everything; the encoders and the VAE are gone afterwards."""
+def model_cache_of(config: TrainConfig, place: Place) -> Cache:
+    """Where latents and text embeddings of this run are, or will be."""
     device, dtype = place.device, place.dtype
     machine = Machine(device, dtype, wide_dtype(dtype, device))
-    cache = model_cache(
+    return model_cache(
         cache_folder(config), config.files, machine, use=config.use, t5_length=config.t5_length
     )
+
+
+def check_room(config: TrainConfig, subject: Subject, text_tokens: int, place: Place) -> None:
+    """Before the encoders work: refuse a run that would not fit without its frozen weights either.
+
+    Those may lie on another device, or in their mapped file, until the network is loaded; tell_plan
+    counts what there is then.  Raises ValueError.
+    """
+    with torch.device("meta"):
+        model = MMDiT(subject.mmdit)
+    trained = add_lora(model, config) if config.trains_lora else model
+    parameters = dict(trained.named_parameters())
+    tokens = most_tokens(subject, text_tokens)
+    estimate = estimate_memory(model, parameters, config, tokens=tokens, dtype=place.dtype)
+    frozen = estimate.weights if config.trains_lora else 0.0
+    check_fits(estimate, frozen, free_memory(place.device), config)
+
+
+def most_tokens(subject: Subject, text_tokens: int) -> int:
+    """Of the largest sample: text and image."""
+    largest = max(width * height for width, height in subject.dataset.report.buckets)
+    return largest // patch_pixels(subject) ** 2 + text_tokens
+
+
+def encode_all(
+    cache: Cache, subject: Subject, place: Place, say: OnNote, on_progress: OnProgress
+) -> None:
+    """Latents and text embeddings of everything; the encoders and the VAE are gone afterwards."""
     if place.world.first:
         for dataset in (subject.dataset, subject.held):
             if dataset is not None:
                 for line in cache.prepare(dataset, on_progress=on_progress).lines():
                     say(line)
     place.world.wait()
-    return cache
 
 
 def make_task(
@@ -273,12 +301,9 @@ def network_to_train(
 
 
 def add_lora(model: MMDiT, config: TrainConfig) -> TrainableLoRA:
-    targets = lora.mmdit_targets(
-        model, kinds=config.lora_kinds, streams=config.lora_streams, blocks=config.lora_blocks
-    )
     return lora.add(
         model,
-        targets,
+        lora_targets(model, config),
         rank=config.rank,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
@@ -290,8 +315,6 @@ def _settle_qk_norm(model: MMDiT, config: TrainConfig) -> None:
     if config.qk_norm and not model.config.qk_norm:
         add_qk_norm(model)
         model.requires_grad_(True)
-    if config.qk_norm is False and model.config.qk_norm:
-        raise ValueError("qk_norm is false, but the model has it; leave the setting away.")
 
 
 def tell_plan(
@@ -304,8 +327,7 @@ def tell_plan(
 ) -> None:
     """Say what the run will take.  Raises ValueError when it cannot fit."""
     world, device = task.place.world, task.place.device
-    largest = max(width * height for width, height in subject.dataset.report.buckets)
-    tokens = largest // patch_pixels(subject) ** 2 + text_tokens
+    tokens = most_tokens(subject, text_tokens)
     parameters = task.parameters
     estimate = estimate_memory(
         task.model, parameters, config, tokens=tokens, dtype=task.place.dtype

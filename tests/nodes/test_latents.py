@@ -156,3 +156,24 @@ def test_the_size_follows_the_connected_model(tiny_three, our_model):
 def test_the_report_tells_the_size():
     (told,) = SD3EmptyLatent.execute("3:2", 0, 0, 1).ui["sd3_report"]
     assert told == {"width": 1280, "height": 832, "batch_size": 1}
+
+
+@pytest.mark.parametrize("which", ["our_vae", "their_vae"])
+def test_a_grey_image_is_encoded_as_grey(which, request):
+    vae = request.getfixturevalue(which)
+    grey = torch.rand(1, 16, 24, 1)
+    (one, *_) = SD3VAEEncode.execute(grey, vae).args
+    (three, *_) = SD3VAEEncode.execute(grey.repeat(1, 1, 1, 3), vae).args
+    torch.testing.assert_close(one["samples"], three["samples"])
+
+
+def test_what_is_no_picture_is_refused_by_its_input_before_it_is_encoded(our_vae):
+    pixels = torch.rand(3, 16, 16, 3)
+    pixels[1, 4, 4, 0] = float("nan")
+    with pytest.raises(NodeError, match="not_finite: pixels holds NaN.*in picture 2 of 3"):
+        SD3VAEEncode.execute(pixels, our_vae)
+    mask = torch.full((1, 16, 16), float("inf"))
+    with pytest.raises(NodeError, match="not_finite: mask holds NaN or infinity"):
+        SD3VAEEncode.execute(torch.rand(1, 16, 16, 3), our_vae, mask)
+    with pytest.raises(NodeError, match="bad_setting: pixels is .* 1, 3 or 4 channels"):
+        SD3VAEEncode.execute(torch.rand(1, 16, 16, 2), our_vae)

@@ -1,7 +1,9 @@
 """The training nodes in process: runs, their outputs on ComfyUI's own nodes, what they refuse."""
 
 import json
+import os
 import shutil
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -272,6 +274,28 @@ def test_pictures_of_the_graph_are_taught_as_those_of_a_folder(tiny_three):
     assert len(train(tiny_three[0], again, steps=1).args[2]["loss"]) == 1
 
 
+def test_pictures_of_the_graph_that_are_none_are_named(tiny_three):
+    clip, vae = tiny_three[1:]
+    images, fine = torch.rand(3, 64, 64, 3), torch.rand(3, 64, 64, 3)
+    images[2, 0, 0, 0] = float("nan")
+    with pytest.raises(NodeError, match="not_finite: images holds NaN .* in picture 3 of 3"):
+        SD3TrainingImages.execute(clip, vae, "", 1, images, "x")
+    with pytest.raises(NodeError, match="not_finite: rejected holds NaN .* in picture 3 of 3"):
+        SD3Preferences.execute(clip, vae, "", fine, images, "x")
+    with pytest.raises(NodeError, match="bad_setting: images is .*1, 3 or 4 channels"):
+        SD3TrainingImages.execute(clip, vae, "", 1, fine[..., :2], "x")
+    with pytest.raises(NodeError, match="bad_setting: captions holds half a character"):
+        SD3TrainingImages.execute(clip, vae, "", 1, fine, "x \ud83d")
+
+
+def test_grey_pictures_of_the_graph_are_taught_as_grey(tiny_three):
+    clip, vae = tiny_three[1:]
+    grey = torch.rand(2, 64, 64, 1)
+    one = SD3TrainingImages.execute(clip, vae, "", 1, grey, "x").args[0].source.path
+    three = SD3TrainingImages.execute(clip, vae, "", 1, grey.repeat(1, 1, 1, 3), "x")
+    assert one == three.args[0].source.path  # named by its content
+
+
 def test_pairs_of_the_graph_are_preferences(tiny_three):
     clip, vae = tiny_three[1:]
     chosen, rejected = torch.rand(2, 64, 64, 3), torch.rand(2, 64, 64, 3)
@@ -477,6 +501,48 @@ def test_validation_is_on_pictures_of_its_own(tiny_three, pictures, places):
     config = json.loads((places / "output" / "sd3" / "mine" / "config.json").read_text())
     found = config["identity"]["pictures of validation"]
     assert found not in (None, config["identity"]["pictures and captions"])
+
+
+def test_validation_on_what_is_learnt_from_is_refused_as_by_the_command_line(
+    tiny_three, pictures, preferences
+):
+    for data, node in ((pictures, SD3TrainLoRA), (preferences, SD3TrainDPO)):
+        with pytest.raises(NodeError, match="bad_setting: .* is learnt from, and given as valid"):
+            train(tiny_three[0], data, node, validation=data, validate_every=2)
+
+
+@pytest.mark.parametrize("changes", [{"resolution": 4096}, {"more": "bucket_step = 5"}])
+def test_a_size_that_does_not_fit_is_refused_before_anything_is_encoded(
+    tiny_three, pictures, changes, places
+):
+    name = "resolution" if "resolution" in changes else "bucket_step"
+    with pytest.raises(NodeError, match=rf"bad_setting: .*{name} is"):
+        train(tiny_three[0], pictures, **changes)
+    assert not list((places / "output").rglob("*.safetensors"))
+
+
+def test_a_name_that_is_not_utf8_reaches_the_page_as_text(
+    tiny_three, pictures, places, monkeypatch
+):
+    from server import PromptServer
+
+    folder = places / "input" / "pictures"
+    try:
+        (folder / "0.png").rename(folder / os.fsdecode(b"caf\xe9.png"))
+    except OSError as error:
+        pytest.skip(f"this file system has no such names ({error})")
+    told = []
+    page = types.SimpleNamespace(
+        send_progress_text=lambda text, node, sid=None: told.append(text.encode())
+    )
+    monkeypatch.setattr(PromptServer, "instance", page, raising=False)
+    hidden = types.SimpleNamespace(unique_id="7", prompt=None, extra_pnginfo=None)
+    monkeypatch.setattr(SD3TrainLoRA, "hidden", hidden, raising=False)
+    data = SD3TrainingImages.execute(tiny_three[1], tiny_three[2], "pictures").args[0]
+    assert SD3TrainingImages.fingerprint_inputs(folder="pictures", repeats=1)
+    output = train(tiny_three[0], data, steps=1)
+    assert any(b"caf\\xe9.png" in text for text in told)
+    json.dumps(output.ui["sd3_report"]).encode()
 
 
 def test_dpo_is_measured_on_held_out_pairs_where_there_are_some(tiny_three, preferences, places):

@@ -47,6 +47,48 @@ def test_each_line_of_a_text_file_is_an_alternative(tmp_path):
     }
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "cp1252"])
+def test_a_guessed_encoding_of_a_caption_or_metadata_is_told(tmp_path, encoding):
+    touch(tmp_path / "in" / "a.png")
+    touch(tmp_path / "in" / "a.txt", "ein kleines Vögelchen\r\n".encode(encoding))
+    touch(tmp_path / "b" / "b.png")
+    row = json.dumps({"file_name": "b.png", "text": "zwei kleine Vögel"}, ensure_ascii=False)
+    touch(tmp_path / "b" / "metadata.jsonl", (row + "\r\n").encode(encoding))
+    listing = list_pictures(Source(tmp_path), "set/")
+    assert [one.captions for one in listing.found] == [
+        (("zwei kleine Vögel",),),
+        (("ein kleines Vögelchen",),),
+    ]
+    told = {note.partition(" ")[0] for note in listing.notes}
+    assert told == {"set/in/a.txt", "set/b/metadata.jsonl"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_metadata_with_a_mark_needs_no_word(tmp_path, encoding):
+    touch(tmp_path / "b.png")
+    row = json.dumps({"file_name": "b.png", "text": "Vögel"}, ensure_ascii=False)
+    touch(tmp_path / "metadata.jsonl", row.encode(encoding))
+    listing = list_pictures(Source(tmp_path))
+    assert (listing.found[0].captions, listing.notes) == ((("Vögel",),), ())
+
+
+def test_text_with_nul_bytes_costs_the_picture(tmp_path):
+    touch(tmp_path / "a.png")
+    touch(tmp_path / "a.txt", b"a cat\0\0\0")
+    listing = list_pictures(Source(tmp_path))
+    assert listing.found == ()
+    assert "a.txt holds NUL bytes" in listing.skipped[0].reason
+
+
+@pytest.mark.parametrize("name", ["text", "captions", "synthetic", "file_name"])
+def test_half_a_character_in_metadata_is_named_with_its_line(tmp_path, name):
+    touch(tmp_path / "a.png")
+    row = {"file_name": "a.png", name: "\ud83d"}
+    write_rows(tmp_path, {"file_name": "a.png"} if name != "file_name" else "", row)
+    with pytest.raises(ValueError, match=rf"metadata.jsonl:2: {name} holds half a character"):
+        list_pictures(Source(tmp_path))
+
+
 def test_synthetic_captions_are_a_source_of_their_own(tmp_path):
     touch(tmp_path / "a.png")
     touch(tmp_path / "a.txt", "cat")

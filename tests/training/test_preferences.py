@@ -57,6 +57,41 @@ def test_folders_of_chosen_and_rejected_pictures_pair_up_by_name(tmp_path):
     assert "no picture of this name in rejected/" in skipped.reason
 
 
+def test_pictures_of_one_name_pair_up_by_their_kinds_or_are_told(tmp_path):
+    for name in ("chosen/a.png", "chosen/b.png", "chosen/c.png", "chosen/c.jpg", "chosen/d.png"):
+        paint(tmp_path / name, "red")
+    paint(tmp_path / "chosen/a.jpg", "green")
+    for name in ("rejected/a.png", "rejected/a.jpg", "rejected/b.webp", "rejected/c.png"):
+        paint(tmp_path / name, "blue")
+    for name in ("rejected/d.webp", "rejected/d.bmp"):
+        paint(tmp_path / name, "blue")
+    dataset = read(tmp_path)
+    assert names(dataset) == [("a.jpg", "a.jpg"), ("a.png", "a.png"), ("b.png", "b.webp")] + [
+        ("c.png", "c.png")
+    ]
+    assert len(dataset.contents) == 4
+    told = {one.name: one.reason for one in dataset.report.skipped}
+    assert set(told) == {"chosen/c.jpg", "chosen/d.png", "rejected/d.bmp", "rejected/d.webp"}
+    assert "(chosen/c.jpg, chosen/c.png, rejected/c.png)" in told["chosen/c.jpg"]
+    assert "(rejected/d.bmp, rejected/d.webp)" in told["chosen/d.png"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+def test_lines_as_windows_editors_save_them(pictures, encoding):
+    line = json.dumps({"prompt": "ein Vögelchen", "chosen": "a.png", "rejected": "b.png"})
+    text = f"{line}\r\n".replace("\\u00f6", "ö")
+    (pictures / "preferences.jsonl").write_bytes(text.encode(encoding))
+    dataset = read(pictures)
+    assert dataset.captions() == ["ein Vögelchen"]
+    assert bool(dataset.report.notes) == (encoding == "cp1252")
+
+
+def test_half_a_character_in_a_prompt_is_named_with_its_line(pictures):
+    write_lines(pictures, {"prompt": "a \ud83d", "chosen": "a.png", "rejected": "b.png"})
+    with pytest.raises(ValueError, match="preferences.jsonl:1: the prompt holds half a character"):
+        read(pictures)
+
+
 def test_lines_name_prompt_chosen_and_rejected(pictures):
     write_lines(
         pictures,
