@@ -76,9 +76,11 @@ class Dataset:
         """Samples offset .. offset + count of the batch of `size` that step (from 0) trains on.
 
         size: the whole batch, over all processes and accumulated parts, so that it does not matter
-        how these share it: each takes its slice; all of it lies in one bucket.  Every `epoch(size)`
-        steps each item has come `repeats` times at least; only what fills a bucket's last batch
-        comes more often.  The same for the same step, size and seed, whatever was asked before.
+        how these share it: each takes its slice.  Samples of one bucket lie side by side; a batch
+        has several where their pictures do not fill batches of their own.  Every `epoch(size)`
+        steps each item has come `repeats` times; only the `filled(size)` samples that an epoch's
+        last batch lacks come besides, of items picked by chance.  The same for the same step, size
+        and seed, whatever was asked before.
         """
         count = size - offset if count is None else count
         if step < 0 or size < 1 or offset < 0 or count < 0 or offset + count > size:
@@ -93,6 +95,14 @@ class Dataset:
     def epoch(self, size: int) -> int:
         """Steps of an epoch with batches of this size."""
         return self._groups.batches(size)
+
+    def filled(self, size: int) -> int:
+        """Samples of an epoch, with batches of this size, beyond the items' repeats."""
+        return self.epoch(size) * size - self._groups.draws
+
+    def mixes(self, size: int) -> bool:
+        """Whether a batch of this size may hold pictures of several buckets."""
+        return self._groups.mixes(size)
 
     def captions(self) -> list[str]:
         """Every caption that may be drawn, once."""

@@ -21,7 +21,7 @@ class Report:
     """Names are those of the pictures, relative to their folder."""
 
     pictures: int
-    draws: int  # pictures times their repeats: an epoch, before batches are filled up
+    draws: int  # pictures times their repeats: an epoch, before its last step is filled up
     buckets: dict[tuple[int, int], int]  # (width, height) -> pictures
     prior: int = 0  # pictures that only keep what the network knows
     prior_draws: int = 0  # their share of the draws
@@ -42,7 +42,7 @@ class Report:
             share = self.prior_draws / self.draws
             lines.append(
                 f"{counted(self.prior, 'picture')} of these keep what the model knows: {share:.0%} "
-                "of the draws, before batches are filled up"
+                "of the draws"
             )
         for folder, repeats in self.repeated_folders.items():
             lines.append(f"{folder}: {repeats} repeats, from the folder's name")
