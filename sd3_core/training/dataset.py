@@ -310,7 +310,10 @@ def _report(
         without_caption=tuple(one.found.name for one in used if not one.found.captions),
         small=tuple(one.found.name for one in used if one.enlarged),
         cropped=tuple(one.found.name for one in used if one.kept < 1 - MOST_CROPPED),
-        notes=tuple(f"{one.found.name}: {one.facts.note}" for one in used if one.facts.note),
+        notes=(
+            *(note for one in listings for note in one.notes),
+            *(f"{one.found.name}: {one.facts.note}" for one in used if one.facts.note),
+        ),
         repeated_folders={k: v for one in listings for k, v in one.repeated_folders.items()},
         exact_duplicates=exact_duplicates({one.found.name: one.facts.digest for one in used}),
         near_duplicates=near_duplicates({one.found.name: one.facts.hash for one in used}),

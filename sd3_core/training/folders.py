@@ -2,24 +2,29 @@
 
 Captions lie beside the pictures or in metadata.jsonl, one object a line, in the same folder or one
 above: {"file_name": "cats/1.png", "text": "...", "captions": ["...", ...], "synthetic": "..." or
-[...], "weight": 1.0, "bucket": [width, height]}; only file_name is needed, other fields are left
-alone.  Without captions there, NAME.txt (or NAME.caption, or NAME.png.txt) and NAME.synthetic.txt
-are read: each line is an alternative.
+[...], "weight": 1.0, "bucket": [width, height]}; only file_name is needed, null is as good as
+nothing, other fields are left alone.  "caption" or "prompt" may stand for "text"; the first of the
+three that says something is read, and it is told where another one says something else.  Without
+captions there, NAME.txt (or NAME.caption, or NAME.png.txt) and NAME.synthetic.txt are read: each
+line is an alternative.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..decode import EXTENSIONS
-from .report import Skipped
+from .fields import Fields, first_of, read_fields, whole
+from .report import Skipped, counted
 
 METADATA = "metadata.jsonl"
+CAPTION = ("text", "caption", "prompt")  # columns that may hold the caption; the first one counts
 # Pictures too, but of kinds that Pillow alone does not decode.
 FOREIGN = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".nef", ".arw")
 REPEATED = re.compile(r"(\d{1,3})_(.+)")  # kohya's `10_name`; `2024_trip` is just a name
@@ -51,6 +56,7 @@ class Row:
     weight: float = 1.0
     bucket: tuple[int, int] | None = None
     line: str = ""  # file:number, for messages
+    told: str = ""  # what is worth a note, the same words for every line of its kind
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,7 @@ class Listing:
     found: tuple[Found, ...]
     skipped: tuple[Skipped, ...]
     repeated_folders: dict[str, int]
+    notes: tuple[str, ...] = ()  # of files of text
 
 
 def list_pictures(source: Source, prefix: str = "") -> Listing:
@@ -84,9 +91,13 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
     skipped: list[Skipped] = []
     folders = list(_folders(source.path, skipped))
     rows: dict[Path, Row] = {}
+    notes: list[str] = []
     for folder, names in folders:
         if METADATA in names:
-            rows.update(_read_metadata(folder))
+            own = _read_metadata(folder)
+            file = prefix + (folder / METADATA).relative_to(source.path).as_posix()
+            notes += told_lines(file, Counter(row.told for row in own.values() if row.told))
+            rows.update(own)
     repeated: dict[str, int] = {}
     found: list[Found] = []
     for path in (folder / name for folder, names in folders for name in names):
@@ -111,7 +122,7 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
     for path, row in rows.items():
         shown = prefix + path.relative_to(source.path).as_posix()
         skipped.append(Skipped(shown, f"{row.line} names it, but no such picture is used"))
-    return Listing(tuple(found), tuple(skipped), repeated)
+    return Listing(tuple(found), tuple(skipped), repeated, tuple(notes))
 
 
 def check_source(source: Source) -> None:
@@ -203,19 +214,24 @@ def _read_metadata(folder: Path) -> dict[Path, Row]:
     return rows
 
 
+def told_lines(file: str, told: Mapping[str, int]) -> tuple[str, ...]:
+    """Notes on a file of lines: what is to be told, and of how many of them."""
+    return tuple(f"{file}: {counted(times, 'line')} {what}" for what, times in told.items())
+
+
 def _row(text: str, folder: Path, line: str) -> tuple[Path, Row]:
     try:
-        fields = json.loads(text)
+        fields = read_fields(text, '{"file_name": "1.png", "text": "a cat"}')
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON ({error.msg} at character {error.colno})") from error
-    if not isinstance(fields, dict):
-        raise ValueError('expected an object such as {"file_name": "1.png", "text": "a cat"}')
+    column, told = first_of(fields, CAPTION)
     row = Row(
-        captions=_strings(fields, "text") + _strings(fields, "captions"),
+        captions=_strings(fields, column) + _strings(fields, "captions"),
         synthetic=_strings(fields, "synthetic"),
         weight=given_weight(fields.get("weight", 1.0)),
         bucket=_bucket(fields.get("bucket")),
         line=line,
+        told=told,
     )
     return folder / name_inside(fields.get("file_name")), row
 
@@ -230,11 +246,11 @@ def name_inside(name: object) -> str:
     return name
 
 
-def _strings(fields: dict[str, Any], name: str) -> tuple[str, ...]:
-    value = fields.get(name)
-    if value is None:
-        return ()
+def _strings(fields: Fields, name: str) -> tuple[str, ...]:
+    value = fields.get(name, [])
     texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list):
+        texts = [text for text in texts if text is not None]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} is {value!r}; expected a text or a list of texts")
     return _texts(texts)
@@ -250,6 +266,7 @@ def given_weight(value: Any) -> float:
 def _bucket(value: object) -> tuple[int, int] | None:
     if value is None:
         return None
-    if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)):
+    sides = [whole(side) for side in value] if isinstance(value, list) else []
+    if len(sides) != 2 or sides[0] is None or sides[1] is None:
         raise ValueError(f"bucket is {value!r}; expected [width, height] in pixels")
-    return value[0], value[1]
+    return sides[0], sides[1]

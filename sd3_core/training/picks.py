@@ -14,12 +14,14 @@ import os
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from ..checkpoints.save import save_bytes
+from .fields import read_fields
 from .order import shuffled
 from .preferences import PREFERENCES
 
@@ -320,19 +322,15 @@ def compare(arms: tuple[str, str], wins: tuple[int, int], ties: int) -> Comparis
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; torn lines are left out."""
+    """The fields of the lines of a .jsonl file; torn lines are left out."""
     try:
         texts = path.read_bytes().split(b"\n")  # a prompt may hold what else parts lines
     except FileNotFoundError:
         return []
     found = []
     for text in texts:
-        try:
-            line = json.loads(text.decode())
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            found.append(line)
+        with suppress(ValueError, RecursionError):
+            found.append(read_fields(text.decode(), "{...}"))
     return found
 
 

@@ -5,9 +5,10 @@ Three forms, alone or together in one folder:
     preferences.jsonl, a line each:  {"prompt": "...", "chosen": "a.png", "rejected": "b.png"}
     the same file in Pick-a-Pic's columns (Kirstain et al. 2023, arXiv:2305.01569):
         {"caption": "...", "jpg_0": "a.png", "jpg_1": "b.png", "label_0": 1}
-In the file, names are relative to its folder and "weight" may scale a pair's loss.  Lines with
-"tie" or "skip", or a label_0 of 0.5, teach nothing and are counted; {"undo": ID} takes back the
-line whose "id" is ID.
+In the file, names are relative to its folder and "weight" may scale a pair's loss; "prompt",
+"caption" and "text" mean the same, in this order, and null is as good as nothing.  Lines with "tie"
+or "skip", or a label_0 of 0.5, teach nothing and are counted; {"undo": ID} takes back the lines
+above whose "id" is ID.
 """
 
 import codecs
@@ -16,15 +17,24 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from .dataset import Dataset, Item
-from .folders import Found, Source, check_source, given_weight, list_pictures, name_inside
+from .fields import Fields, first_of, flag_of, id_of, read_fields
+from .folders import (
+    Found,
+    Source,
+    check_source,
+    given_weight,
+    list_pictures,
+    name_inside,
+    told_lines,
+)
 from .framing import Framing
 from .report import Report, Skipped, counted, first_lines, some_names
 from .scan import Facts, look_at_all
 
 PREFERENCES = "preferences.jsonl"
+PROMPT = ("prompt", "caption", "text")  # columns that may hold the prompt; the first one counts
 CHOSEN, REJECTED = "chosen", "rejected"
 SAME_ASPECT = 0.02  # relative difference of two aspects that counts as none
 MOSTLY = 0.5  # part of the pairs from which their two sides look like two sources
@@ -48,6 +58,7 @@ class PairListing:
     skipped: tuple[Skipped, ...] = ()
     ties: int = 0
     passed: int = 0  # neither chosen nor rejected: skipped by the person who was asked
+    notes: tuple[str, ...] = ()  # of files of text
 
     def __add__(self, other: "PairListing") -> "PairListing":
         return PairListing(
@@ -55,6 +66,7 @@ class PairListing:
             self.skipped + other.skipped,
             self.ties + other.ties,
             self.passed + other.passed,
+            self.notes + other.notes,
         )
 
 
@@ -125,7 +137,7 @@ def read_preferences(
         buckets=dict(sorted(Counter(item.bucket for item in items).items())),
         skipped=tuple(skipped),
         without_caption=tuple(one.pair.name for one in used if not one.pair.captions),
-        notes=tuple(note for one in used for note in one.notes()),
+        notes=(*listing.notes, *(note for one in used for note in one.notes())),
         ties=listing.ties,
         passed=listing.passed,
         mixed=tuple(one.pair.name for one in used if one.mixed),
@@ -241,7 +253,9 @@ def _from_folders(folder: Path) -> PairListing:
         for name, chosen in by_name[CHOSEN].items()
         if name in by_name[REJECTED]
     ]
-    return PairListing(tuple(pairs), tuple(sorted(skipped, key=lambda one: one.name)))
+    notes = [f"{side}/{note}" for side, listing in sides.items() for note in listing.notes]
+    skipped.sort(key=lambda one: one.name)
+    return PairListing(tuple(pairs), tuple(skipped), notes=tuple(notes))
 
 
 def _joined(name: str, chosen: Found, rejected: Found) -> Listed:
@@ -254,33 +268,39 @@ class _Lines:
     """The lines of a file so far: later ones may take back earlier ones."""
 
     folder: Path
-    pairs: dict[str, Listed] = field(default_factory=dict)  # by id, or by line
-    ties: set[str] = field(default_factory=set)
-    passed: set[str] = field(default_factory=set)
+    said: list[tuple[str | None, Listed | str]] = field(default_factory=list)  # by their ids
+    skipped: list[Skipped] = field(default_factory=list)
+    told: Counter[str] = field(default_factory=Counter)  # how many lines it is to be told of
 
-    def read(self, fields: Any, number: int) -> None:
+    def read(self, fields: Fields, number: int) -> None:
         """Raises ValueError."""
-        if not isinstance(fields, dict):
-            raise ValueError('expected an object such as {"prompt", "chosen", "rejected"}')
-        key = str(fields.get("id", f"line {number}"))
-        if "undo" in fields:
-            self.forget(str(fields["undo"]))
-        elif "skip" in fields or fields.get("has_label") is False:
-            self.passed.add(key)
-        elif "tie" in fields or fields.get("label_0") == 0.5:
-            self.ties.add(key)
+        key, undone = id_of(fields, "id"), id_of(fields, "undo")
+        if undone is not None:
+            kept = [one for one in self.said if one[0] != undone]
+            if len(kept) == len(self.said):
+                reason = f"it takes back {undone!r}, which is the id of no line above"
+                self.skipped.append(Skipped(f"{PREFERENCES}:{number}", reason))
+            self.said = kept
+        elif _named(fields, "skip") or flag_of(fields, "has_label") is False:
+            self.said.append((key, "skip"))
+        elif _named(fields, "tie") or fields.get("label_0") == 0.5:
+            self.said.append((key, "tie"))
         else:
-            self.pairs[key] = self._pair(fields, f"{PREFERENCES}:{number}")
+            self.said.append((key, self._pair(fields, f"{PREFERENCES}:{number}")))
 
-    def forget(self, key: str) -> None:
-        self.pairs.pop(key, None)
-        self.ties.discard(key)
-        self.passed.discard(key)
+    def listing(self) -> PairListing:
+        said = [one for _, one in self.said]
+        pairs = tuple(one for one in said if isinstance(one, Listed))
+        ties, passed = said.count("tie"), said.count("skip")
+        notes = told_lines(PREFERENCES, self.told)
+        return PairListing(pairs, tuple(self.skipped), ties, passed, notes)
 
-    def _pair(self, fields: dict[str, Any], name: str) -> Listed:
-        prompt = fields.get("prompt", fields.get("caption", ""))
+    def _pair(self, fields: Fields, name: str) -> Listed:
+        column, told = first_of(fields, PROMPT)
+        prompt = fields.get(column, "")
         if not isinstance(prompt, str):
-            raise ValueError(f"prompt is {prompt!r}; expected text")
+            raise ValueError(f"{column} is {prompt!r}; expected text")
+        self.told.update([told] if told else [])
         if "label_0" in fields:
             first, second = _name(fields, "jpg_0"), _name(fields, "jpg_1")
             if fields["label_0"] not in (0, 1):
@@ -293,7 +313,13 @@ class _Lines:
         return Listed(name, self.folder / chosen, self.folder / rejected, captions, weight)
 
 
-def _name(fields: dict[str, Any], field_name: str) -> str:
+def _named(fields: Fields, verdict: str) -> bool:
+    """Whether a line is a tie or was skipped: it lists the pictures, or says true."""
+    value = fields.get(verdict)
+    return bool(value) if isinstance(value, list) else flag_of(fields, verdict) is True
+
+
+def _name(fields: Fields, field_name: str) -> str:
     try:
         return name_inside(fields.get(field_name))
     except ValueError as error:
@@ -309,21 +335,15 @@ def read_pairs(file: Path) -> PairListing:
         texts = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error}).") from error
-    lines, skipped = _Lines(file.parent), []
+    lines = _Lines(file.parent)
     for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
         try:
-            fields = json.loads(text.decode())
-        except ValueError as error:
+            lines.read(read_fields(text.decode(), '{"prompt", "chosen", "rejected"}'), number)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
             reason = f"the line is no JSON in UTF-8, as if torn ({error})"
-            skipped.append(Skipped(f"{PREFERENCES}:{number}", reason))
-            continue
-        except RecursionError as error:
+            lines.skipped.append(Skipped(f"{PREFERENCES}:{number}", reason))
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}:{number}: {error}.") from error
-        try:
-            lines.read(fields, number)
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: {error}.") from error
-    pairs = tuple(lines.pairs.values())
-    return PairListing(pairs, tuple(skipped), len(lines.ties), len(lines.passed))
+    return lines.listing()

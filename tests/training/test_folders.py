@@ -104,6 +104,48 @@ def test_metadata_tells_captions_weight_and_bucket(tmp_path):
     assert found["c.png"].captions == (("from the text file",),)
 
 
+@pytest.mark.parametrize("column", ["text", "caption", "prompt"])
+@pytest.mark.parametrize("nothing", ["null", "NaN"])
+def test_a_table_saved_by_pandas_is_read_whatever_its_caption_is_called(tmp_path, column, nothing):
+    """In such a file each line has every column, and numbers have turned into floats."""
+    columns = ("text", "caption", "prompt", "captions", "synthetic", "weight", "bucket")
+    gaps = {name: None for name in columns if name != column}
+    touch(tmp_path / "a.png")
+    touch(tmp_path / "b.png")
+    rows = (
+        {"file_name": "a.png", column: "a cat", **gaps, "bucket": [64.0, 32.0]},
+        {"file_name": "b.png", column: None, **gaps, "captions": ["a dog", None], "weight": 2.0},
+    )
+    touch(tmp_path / "metadata.jsonl", "\ufeff" + "\r\n".join(map(json.dumps, rows)))
+    file = tmp_path / "metadata.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"null", nothing.encode()))
+    listing = list_pictures(Source(tmp_path))
+    found = {one.name: (one.captions, one.weight, one.row.bucket) for one in listing.found}
+    assert found == {
+        "a.png": ((("a cat",),), 1.0, (64, 32)),
+        "b.png": ((("a dog",),), 2.0, None),
+    }
+    assert listing.notes == listing.skipped == ()
+
+
+def test_captions_that_contradict_each_other_are_told(tmp_path):
+    for name in "abcd":
+        touch(tmp_path / f"{name}.png")
+    write_rows(
+        tmp_path,
+        {"file_name": "a.png", "text": "a cat", "prompt": "masterpiece, cat"},
+        {"file_name": "b.png", "prompt": "a dog, 4k", "text": "a dog"},
+        {"file_name": "c.png", "text": " ", "prompt": "a fish", "caption": "a fish "},
+        {"file_name": "d.png", "text": "a bird", "caption": "a hen", "prompt": "bird"},
+    )
+    listing = list_pictures(Source(tmp_path), "set/")
+    assert [one.captions[0][0] for one in listing.found] == ["a cat", "a dog", "a fish", "a bird"]
+    assert listing.notes == (
+        "set/metadata.jsonl: 2 lines with something else in prompt: text is read",
+        "set/metadata.jsonl: 1 line with something else in caption and prompt: text is read",
+    )
+
+
 def test_metadata_of_a_folder_below_speaks_for_that_folder(tmp_path):
     touch(tmp_path / "sub" / "a.png")
     write_rows(tmp_path / "sub", {"file_name": "a.png", "text": "near"})
@@ -151,10 +193,13 @@ def test_names_never_leave_the_folder(tmp_path, name):
         ({"file_name": "a.png", "captions": ["x", 3]}, "captions is"),
         ({"file_name": "a.png", "weight": 0}, "weight is 0"),
         ({"file_name": "a.png", "weight": True}, "weight is True"),
-        ('{"file_name": "a.png", "weight": NaN}', "weight is nan"),
+        ('{"file_name": "a.png", "weight": Infinity}', "weight is inf"),
+        ({"file_name": "a.png", "caption": 3}, "caption is 3"),
         ('{"file_name": "a.png", "weight": 1e999}', "weight is inf"),
         ({"file_name": "a.png", "bucket": [64]}, "bucket is"),
-        ({"file_name": "a.png", "bucket": [64, 64.0]}, "bucket is"),
+        ({"file_name": "a.png", "bucket": [64, 64.5]}, "bucket is"),
+        ({"file_name": "a.png", "bucket": [64, True]}, "bucket is"),
+        ({"file_name": "a.png", "bucket": "64x64"}, "bucket is"),
         ("[" * 100_000, "metadata.jsonl:2"),
         ({"file_name": "first.png"}, "metadata.jsonl:1 has this file_name already"),
     ],
