@@ -19,9 +19,9 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..sd3_core.training.folders import Source, list_pictures
-from ..sd3_core.training.preferences import CHOSEN, REJECTED, list_pairs
-from ..sd3_core.training.report import some_names
+from ..sd3_core.training.folders import LINES, Found, Source, lines_of, list_pictures
+from ..sd3_core.training.preferences import CHOSEN, REJECTED, Listed, list_pairs
+from ..sd3_core.training.report import by_rule, first_lines, lines_told, some_names
 from ._compat import advanced, schema
 from .comfy_text import tokenizer_files
 from .errors import NodeError, coded
@@ -179,7 +179,7 @@ def as_levels(images: Tensor) -> np.ndarray:
 
 def caption_of_each(captions: str, count: int) -> list[str]:
     """A line for each picture, or one line for all.  Raises NodeError."""
-    lines = [line.strip() for line in captions.splitlines() if line.strip()]
+    lines = [line.strip() for line in lines_of(captions) if line.strip()]
     if len(lines) <= 1:
         return (lines or [""]) * count
     if len(lines) != count:
@@ -212,6 +212,22 @@ def encoder_inputs() -> list[Any]:
         io.Clip.Input("clip", tooltip="The text encoders that read the captions; ours, plain."),
         io.Vae.Input("vae", tooltip="The VAE that encodes the pictures; ours."),
     ]
+
+
+def notes_on(listed: Sequence[Found | Listed], notes: Sequence[str]) -> list[str]:
+    """How captions of several lines are read, and what else is to be told of files of text."""
+    return [*lines_told(by_rule({one.name: one.lines for one in listed})), *first_lines([*notes])]
+
+
+def lines_input() -> Any:
+    return io.Combo.Input(
+        "lines",
+        options=list(LINES),
+        default=LINES[0],
+        optional=True,
+        tooltip="What several lines of a NAME.txt are: alternatives, one of which is drawn each "
+        "time; whole: one caption, such as a captioner's paragraphs; first: the first line alone.",
+    )
 
 
 class SD3TrainingImages(io.ComfyNode):
@@ -255,6 +271,7 @@ class SD3TrainingImages(io.ComfyNode):
                                 tooltip="For the pictures of the graph: a line for each, or one "
                                 "line for all.",
                             ),
+                            lines_input(),
                         ]
                     ),
                 ],
@@ -281,6 +298,7 @@ class SD3TrainingImages(io.ComfyNode):
         repeats: int = 1,
         images: Tensor | None = None,
         captions: str = "",
+        lines: str = LINES[0],
     ) -> io.NodeOutput:
         files = encoder_files(clip, vae)
         if bool(folder.strip()) == (images is not None):
@@ -294,7 +312,7 @@ class SD3TrainingImages(io.ComfyNode):
         else:
             path = keep_pictures({"": images}, caption_of_each(captions, len(images)))
         with coded("bad_setting"):
-            source = Source(path, repeats)
+            source = Source(path, repeats, lines=lines)
             listing = list_pictures(source)
         if not listing.found:
             raise NodeError("missing_file", f"{path.name}: there is no picture in it.")
@@ -304,6 +322,7 @@ class SD3TrainingImages(io.ComfyNode):
             "pictures": len(listing.found),
             "without_caption": sum(not text for text in texts),
             "skipped": [f"{one.name}: {one.reason}" for one in listing.skipped[:SHOWN]],
+            "notes": notes_on(listing.found, listing.notes),
             "captions": list(dict.fromkeys(texts))[:SHOWN],
             "files": {kind: describe_file(file) for kind, file in files.items()},
         }
@@ -351,6 +370,7 @@ class SD3Preferences(io.ComfyNode):
                                 tooltip="For the pictures of the graph: a line for each pair, or "
                                 "one line for all.",
                             ),
+                            lines_input(),
                         ]
                     ),
                 ],
@@ -379,6 +399,7 @@ class SD3Preferences(io.ComfyNode):
         chosen: Tensor | None = None,
         rejected: Tensor | None = None,
         captions: str = "",
+        lines: str = LINES[0],
     ) -> io.NodeOutput:
         files = encoder_files(clip, vae)
         if folder.strip() and (chosen is not None or rejected is not None):
@@ -389,7 +410,8 @@ class SD3Preferences(io.ComfyNode):
             )
         path = find_data(folder) if folder.strip() else keep_pairs(chosen, rejected, captions)
         with coded("bad_setting"):
-            listing = list_pairs(Source(path))
+            source = Source(path, lines=lines)
+            listing = list_pairs(source)
         if not listing.pairs:
             raise NodeError(
                 "missing_file",
@@ -401,9 +423,10 @@ class SD3Preferences(io.ComfyNode):
             "pairs": len(listing.pairs),
             "ties": listing.ties,
             "skipped": [f"{one.name}: {one.reason}" for one in listing.skipped[:SHOWN]],
+            "notes": notes_on(listing.pairs, listing.notes),
             "captions": list(
                 dict.fromkeys(text for pair in listing.pairs for text in pair.captions[:1])
             )[:SHOWN],
             "files": {kind: describe_file(file) for kind, file in files.items()},
         }
-        return io.NodeOutput(TrainingData(Source(path), files), ui=report(contents))
+        return io.NodeOutput(TrainingData(source, files), ui=report(contents))

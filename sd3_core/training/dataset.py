@@ -21,7 +21,7 @@ from .folders import Found, Listing, Source, list_pictures
 from .framing import Framing
 from .order import Groups, chance, epoch_order
 from .pixels import FilePicture, TensorPicture
-from .report import Report, Skipped
+from .report import Report, Skipped, by_rule, with_wildcards
 from .scan import Facts, look_at_all
 
 MOST_CROPPED = 1 / 3  # of a picture's area, before the report names it
@@ -308,6 +308,8 @@ def _report(
         buckets=_bucket_counts(items),
         skipped=tuple(skipped),
         without_caption=tuple(one.found.name for one in used if not one.found.captions),
+        several_lines=by_rule({one.found.name: one.found.lines for one in used}),
+        wildcards=with_wildcards({item.name: item.captions for item in items}),
         small=tuple(one.found.name for one in used if one.enlarged),
         cropped=tuple(one.found.name for one in used if one.kept < 1 - MOST_CROPPED),
         notes=(

@@ -6,7 +6,7 @@ above: {"file_name": "cats/1.png", "text": "...", "captions": ["...", ...], "syn
 nothing, other fields are left alone.  "caption" or "prompt" may stand for "text"; the first of the
 three that says something is read, and it is told where another one says something else.  Without
 captions there, NAME.txt (or NAME.caption, or NAME.png.txt) and NAME.synthetic.txt are read: each
-line is an alternative.
+line is an alternative, unless the source says otherwise.
 """
 
 import json
@@ -27,6 +27,7 @@ METADATA = "metadata.jsonl"
 CAPTION = ("text", "caption", "prompt")  # columns that may hold the caption; the first one counts
 # Pictures too, but of kinds that Pillow alone does not decode.
 FOREIGN = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".nef", ".arw")
+LINES = ("alternatives", "first", "whole")  # see Source
 REPEATED = re.compile(r"(\d{1,3})_(.+)")  # kohya's `10_name`; `2024_trip` is just a name
 LONGEST_CAPTIONS = 2**20  # bytes of a caption file
 
@@ -39,12 +40,15 @@ class Source:
     weight: factor of its pictures' loss.
     prior: nothing is learnt from these pictures: on them a LoRA is held to what the network answers
         without it (prior preservation; see flow.FlowTask).
+    lines: what several lines of a caption's file are: each an alternative, or the first one alone
+        is read, or all of them are one caption.
     """
 
     path: Path
     repeats: int = 1
     weight: float = 1.0
     prior: bool = False
+    lines: str = "alternatives"  # of LINES
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ class Found:
     row: Row
     weight: float
     prior: bool = False  # see Source
+    lines: str = ""  # Source.lines, where a file of captions has several
 
 
 @dataclass(frozen=True)
@@ -113,12 +118,14 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
             continue
         row = rows.pop(path, Row())
         try:
-            captions = _captions(path, row) or (((fallback,),) if fallback else ())
+            captions, several = _captions(path, row, source.lines)
         except ValueError as error:
             skipped.append(Skipped(shown, str(error)))
             continue
+        captions = captions or (((fallback,),) if fallback else ())
         times, weight = repeats * source.repeats, row.weight * source.weight
-        found.append(Found(path, shown, captions, times, row, weight, source.prior))
+        lines = source.lines if several else ""
+        found.append(Found(path, shown, captions, times, row, weight, source.prior, lines))
     for path, row in rows.items():
         shown = prefix + path.relative_to(source.path).as_posix()
         skipped.append(Skipped(shown, f"{row.line} names it, but no such picture is used"))
@@ -133,6 +140,9 @@ def check_source(source: Source) -> None:
         raise ValueError(f"{source.path}: repeats is {source.repeats}; it must be at least 1.")
     if not (math.isfinite(source.weight) and source.weight > 0):
         raise ValueError(f"{source.path}: weight is {source.weight}; it must be above 0.")
+    if source.lines not in LINES:
+        known = ", ".join(LINES)
+        raise ValueError(f"{source.path}: lines is {source.lines!r}; expected one of {known}.")
 
 
 def check_apart(folders: Sequence[Path]) -> None:
@@ -164,12 +174,23 @@ def _hidden(name: str) -> bool:
     return name.startswith(".") or name == "__MACOSX"
 
 
-def _captions(path: Path, row: Row) -> tuple[tuple[str, ...], ...]:
-    original = row.captions or _lines(path.with_suffix(".txt"))
-    original = original or _lines(path.with_suffix(".caption"))
-    original = original or _lines(path.with_name(f"{path.name}.txt"))
-    synthetic = row.synthetic or _lines(path.with_suffix(".synthetic.txt"))
-    return tuple(captions for captions in (original, synthetic) if captions)
+def _captions(path: Path, row: Row, rule: str) -> tuple[tuple[tuple[str, ...], ...], bool]:
+    """For each source of captions its alternatives; and whether a file of several lines was read.
+
+    rule: see Source.lines.
+    """
+    names = (path.with_suffix(".txt"), path.with_suffix(".caption"), Path(f"{path}.txt"))
+    original = next(filter(None, map(_lines, names)), ()) if not row.captions else ()
+    synthetic = _lines(path.with_suffix(".synthetic.txt")) if not row.synthetic else ()
+    captions = (row.captions or _taken(original, rule), row.synthetic or _taken(synthetic, rule))
+    several = len(original) > 1 or len(synthetic) > 1
+    return tuple(some for some in captions if some), several
+
+
+def _taken(lines: tuple[str, ...], rule: str) -> tuple[str, ...]:
+    if rule == "whole":
+        return ("\n".join(lines),) if lines else ()
+    return lines[:1] if rule == "first" else lines
 
 
 def _lines(path: Path) -> tuple[str, ...]:
@@ -187,7 +208,13 @@ def _lines(path: Path) -> tuple[str, ...]:
         text = data.decode("utf-16" if utf16 else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path.name} is not UTF-8 text: save it as such") from error
-    return _texts(text.splitlines())
+    return _texts(lines_of(text))
+
+
+def lines_of(text: str) -> list[str]:
+    """Parted where an editor begins a new line; str.splitlines() parts at U+2028 and others, too,
+    which captions may hold."""
+    return text.replace("\r\n", "\n").split("\n")
 
 
 def _texts(lines: list[str]) -> tuple[str, ...]:

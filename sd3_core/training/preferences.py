@@ -30,7 +30,15 @@ from .folders import (
     told_lines,
 )
 from .framing import Framing
-from .report import Report, Skipped, counted, first_lines, some_names
+from .report import (
+    Report,
+    Skipped,
+    by_rule,
+    counted,
+    first_lines,
+    some_names,
+    with_wildcards,
+)
 from .scan import Facts, look_at_all
 
 PREFERENCES = "preferences.jsonl"
@@ -50,6 +58,7 @@ class Listed:
     captions: tuple[str, ...]  # alternatives; none: the empty prompt
     weight: float = 1.0
     repeats: int = 1
+    lines: str = ""  # see folders.Found
 
 
 @dataclass(frozen=True)
@@ -87,6 +96,7 @@ class PairReport(Report):
         lines += first_lines([f"skipped {one.name}: {one.reason}" for one in self.skipped])
         if self.without_caption:
             lines.append(f"without a prompt: {some_names(self.without_caption)}")
+        lines += self.caption_lines()
         if self.mixed:
             lines.append(
                 f"{counted(len(self.mixed), 'pair')} of different aspects, both cut to the chosen "
@@ -137,6 +147,8 @@ def read_preferences(
         buckets=dict(sorted(Counter(item.bucket for item in items).items())),
         skipped=tuple(skipped),
         without_caption=tuple(one.pair.name for one in used if not one.pair.captions),
+        several_lines=by_rule({one.pair.name: one.pair.lines for one in used}),
+        wildcards=with_wildcards({item.name: item.captions for item in items}),
         notes=(*listing.notes, *(note for one in used for note in one.notes())),
         ties=listing.ties,
         passed=listing.passed,
@@ -215,7 +227,7 @@ def list_pairs(source: Source, prefix: str = "") -> PairListing:
         listing = read_pairs(source.path)
     else:
         check_source(source)
-        listing = _from_folders(source.path)
+        listing = _from_folders(source)
         if (source.path / PREFERENCES).exists():
             listing += read_pairs(source.path / PREFERENCES)
     pairs = [
@@ -230,11 +242,15 @@ def list_pairs(source: Source, prefix: str = "") -> PairListing:
     return replace(listing, pairs=tuple(pairs))
 
 
-def _from_folders(folder: Path) -> PairListing:
+def _from_folders(source: Source) -> PairListing:
     """chosen/NAME.png beside rejected/NAME.png, whatever their kinds."""
+    folder = source.path
     if not ((folder / CHOSEN).is_dir() and (folder / REJECTED).is_dir()):
         return PairListing(())
-    sides = {name: list_pictures(Source(folder / name)) for name in (CHOSEN, REJECTED)}
+    sides = {
+        name: list_pictures(Source(folder / name, lines=source.lines))
+        for name in (CHOSEN, REJECTED)
+    }
     by_name = {
         side: {Path(found.name).with_suffix("").as_posix(): found for found in listing.found}
         for side, listing in sides.items()
@@ -259,8 +275,10 @@ def _from_folders(folder: Path) -> PairListing:
 
 
 def _joined(name: str, chosen: Found, rejected: Found) -> Listed:
-    captions = (chosen.captions or rejected.captions or ((),))[0]
-    return Listed(name, chosen.path, rejected.path, captions, chosen.weight, chosen.repeats)
+    told = chosen if chosen.captions else rejected
+    captions = (told.captions or ((),))[0]
+    sides = (chosen.path, rejected.path)
+    return Listed(name, *sides, captions, chosen.weight, chosen.repeats, told.lines)
 
 
 @dataclass

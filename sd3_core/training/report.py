@@ -1,11 +1,19 @@
 """What reading a dataset found, for people (lines, the longest lists cut) and programs (JSON)."""
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 SHOWN = 5  # names that a line gives before it counts the rest
 LINES = 20  # of one kind, before they are counted; the JSON has all
+SEVERAL_LINES = {  # by folders.Source.lines
+    "alternatives": 'each an alternative caption (lines = "whole" makes one of them, "first" takes '
+    "the first)",
+    "first": "of which the first is read",
+    "whole": "read as one caption",
+}
+WILDCARD = re.compile(r"\{[^{}]*\|[^{}]*\}")
 
 
 @dataclass(frozen=True)
@@ -27,6 +35,8 @@ class Report:
     prior_draws: int = 0  # their share of the draws
     skipped: tuple[Skipped, ...] = ()
     without_caption: tuple[str, ...] = ()  # they are trained with the empty prompt
+    several_lines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by Source.lines
+    wildcards: tuple[str, ...] = ()  # {a|b} in a caption, which other trainers draw from
     small: tuple[str, ...] = ()  # enlarged to fill their bucket
     cropped: tuple[str, ...] = ()  # more than a third of the picture lies outside its bucket
     notes: tuple[str, ...] = ()  # of single pictures, such as a colour profile that is damaged
@@ -54,6 +64,7 @@ class Report:
         ):
             if names:
                 lines.append(f"{counted(len(names), 'picture')} {what}: {some_names(names)}")
+        lines += self.caption_lines()
         lines += first_lines(list(self.notes))
         lines += first_lines(
             [f"the same file: {some_names(group)}" for group in self.exact_duplicates]
@@ -62,11 +73,42 @@ class Report:
             [f"look alike: {some_names(group)}" for group in self.near_duplicates]
         )
 
+    def caption_lines(self) -> list[str]:
+        """What is told of captions."""
+        lines = lines_told(self.several_lines)
+        if self.wildcards:
+            lines.append(f"{{a|b}} in captions is learnt as written: {some_names(self.wildcards)}")
+        return lines
+
     def as_json(self) -> dict[str, Any]:
         """The report as plain values; a bucket is spelled "1024x768"."""
         values = asdict(self)
         values["buckets"] = {f"{w}x{h}": count for (w, h), count in self.buckets.items()}
         return values
+
+
+def lines_told(names: Mapping[str, Sequence[str]]) -> list[str]:
+    """What is made of captions of several lines.  names: of their pictures, by Source.lines."""
+    return [
+        f"{counted(len(some), 'caption')} of several lines, {SEVERAL_LINES[rule]}: "
+        f"{some_names(some)}"
+        for rule, some in names.items()
+    ]
+
+
+def by_rule(rules: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """Report.several_lines.  rules: by each picture's name Source.lines, or "" for one line."""
+    used = dict.fromkeys(rule for rule in rules.values() if rule)
+    return {one: tuple(name for name, rule in rules.items() if rule == one) for one in used}
+
+
+def with_wildcards(captions: Mapping[str, Sequence[Sequence[str]]]) -> tuple[str, ...]:
+    """Names whose captions hold {a|b}.  captions: for each name its sources of alternatives."""
+    return tuple(
+        name
+        for name, sources in captions.items()
+        if any(WILDCARD.search(text) for texts in sources for text in texts)
+    )
 
 
 def counted(number: int, word: str) -> str:

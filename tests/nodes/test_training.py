@@ -254,6 +254,32 @@ def test_a_torn_line_of_the_log_does_not_cost_the_run(tiny_three, pictures, plac
     assert len(train(tiny_three[0], pictures).args[2]["loss"]) == 4
 
 
+def test_several_lines_are_what_the_node_says(tiny_three, places):
+    """The report says how they are read, and so does the run."""
+    (places / "input" / "pictures" / "0.txt").write_text("a red circle\n\non grey")
+    clip, vae = tiny_three[1:]
+    output = SD3TrainingImages.execute(clip, vae, "pictures")
+    assert told(output)["captions"][0] == "a red circle"
+    assert told(output)["notes"][0].startswith("1 caption of several lines, each an alternative")
+    whole = SD3TrainingImages.execute(clip, vae, "pictures", lines="whole")
+    note = "1 caption of several lines, read as one caption: 0.png"
+    assert told(whole)["captions"][0] == "a red circle\non grey"
+    assert told(whole)["notes"] == [note]
+    assert note in told(train(tiny_three[0], whole.args[0], steps=1))["notes"]
+    for side in ("chosen", "rejected"):
+        write_pictures(places / "input" / "two" / side, 1)
+        (places / "input" / "two" / side / "0.txt").write_text("a red circle\n\non grey")
+    pairs = told(SD3Preferences.execute(clip, vae, "two", lines="first"))
+    assert pairs["captions"] == ["a red circle"]
+    assert pairs["notes"] == ["1 caption of several lines, of which the first is read: 0"]
+
+
+def test_only_a_line_feed_parts_the_captions_of_pictures_of_the_graph(tiny_three):
+    images = torch.rand(2, 64, 64, 3)
+    output = SD3TrainingImages.execute(*tiny_three[1:], "", 1, images, "a\u2028b\r\nc")
+    assert told(output)["captions"] == ["a\u2028b", "c"]
+
+
 def test_pictures_of_the_graph_outlive_the_temporary_folder(tiny_three, places):
     output = SD3TrainingImages.execute(*tiny_three[1:], "", 1, torch.rand(1, 64, 64, 3), "x")
     folder = output.args[0].source.path

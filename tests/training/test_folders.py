@@ -47,6 +47,39 @@ def test_each_line_of_a_text_file_is_an_alternative(tmp_path):
     }
 
 
+@pytest.mark.parametrize("inside", ["\u2028", "\u0085", "\x0b", "\x0c", "\x1c", "\r"])
+def test_only_a_line_feed_ends_a_line(tmp_path, inside):
+    """str.splitlines() ends it at each of these, which captions may hold."""
+    touch(tmp_path / "a.png")
+    touch(tmp_path / "a.txt", f"a cat{inside}asleep\r\na dog\n")
+    touch(tmp_path / "a.synthetic.txt", f"on{inside}it")
+    assert captions_of(tmp_path) == {
+        "a.png": ((f"a cat{inside}asleep", "a dog"), (f"on{inside}it",))
+    }
+
+
+def test_several_lines_are_alternatives_or_one_caption_or_the_first_alone(tmp_path):
+    touch(tmp_path / "a.png")
+    touch(tmp_path / "a.txt", "A cat sits.\r\n\r\n  The light is soft.\n")
+    touch(tmp_path / "a.synthetic.txt", "one line")
+    touch(tmp_path / "b.png")
+    touch(tmp_path / "b.txt", "a dog\n")
+    touch(tmp_path / "c.png")
+    write_rows(tmp_path, {"file_name": "c.png", "captions": ["a\nb", "c"]})
+    for rule, read in (
+        ("alternatives", ("A cat sits.", "The light is soft.")),
+        ("whole", ("A cat sits.\nThe light is soft.",)),
+        ("first", ("A cat sits.",)),
+    ):
+        found = list_pictures(Source(tmp_path, lines=rule)).found
+        assert [one.captions for one in found] == [
+            (read, ("one line",)),
+            (("a dog",),),
+            (("a\nb", "c"),),  # metadata says itself what is one caption
+        ]
+        assert [one.lines for one in found] == [rule, "", ""]
+
+
 def test_synthetic_captions_are_a_source_of_their_own(tmp_path):
     touch(tmp_path / "a.png")
     touch(tmp_path / "a.txt", "cat")
@@ -251,6 +284,7 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
         (lambda path: Source(touch(path / "a.png")), "is a file"),
         (lambda path: Source(path, repeats=0), "repeats is 0"),
         (lambda path: Source(path, weight=float("nan")), "weight is nan"),
+        (lambda path: Source(path, lines="all"), "lines is 'all'; expected one of alternatives,"),
     ],
 )
 def test_a_source_that_makes_no_sense_is_refused(tmp_path, source, message):

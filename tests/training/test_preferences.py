@@ -57,6 +57,15 @@ def test_folders_of_chosen_and_rejected_pictures_pair_up_by_name(tmp_path):
     assert "no picture of this name in rejected/" in skipped.reason
 
 
+def test_a_prompt_of_several_lines_is_read_as_its_source_says(tmp_path):
+    for side, colour in (("chosen", "red"), ("rejected", "blue")):
+        paint(tmp_path / side / "a.png", colour)
+    (tmp_path / "rejected" / "a.txt").write_text("a cat\n\nasleep")
+    dataset = read_preferences([Source(tmp_path, lines="whole")], framing=FRAMING)
+    assert dataset.captions() == ["a cat\nasleep"]
+    assert "1 caption of several lines, read as one caption: a" in dataset.report.lines()
+
+
 def test_lines_name_prompt_chosen_and_rejected(pictures):
     write_lines(
         pictures,
