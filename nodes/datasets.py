@@ -19,9 +19,9 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
-from ..sd3_core.training.folders import LINES, Found, Source, lines_of, list_pictures
-from ..sd3_core.training.preferences import CHOSEN, REJECTED, Listed, list_pairs
-from ..sd3_core.training.report import by_rule, first_lines, lines_told, some_names
+from ..sd3_core.training.folders import LINES, Listing, Source, lines_of, list_pictures
+from ..sd3_core.training.preferences import CHOSEN, REJECTED, PairListing, list_pairs
+from ..sd3_core.training.report import by_value, first_lines, left_out_told, lines_told, some_names
 from ._compat import advanced, schema
 from .comfy_text import tokenizer_files
 from .errors import NodeError, coded
@@ -214,9 +214,15 @@ def encoder_inputs() -> list[Any]:
     ]
 
 
-def notes_on(listed: Sequence[Found | Listed], notes: Sequence[str]) -> list[str]:
-    """How captions of several lines are read, and what else is to be told of files of text."""
-    return [*lines_told(by_rule({one.name: one.lines for one in listed})), *first_lines([*notes])]
+def notes_on(listing: Listing | PairListing) -> list[str]:
+    """Pictures left out, how captions of several lines are read, and notes on files of text."""
+    listed = listing.found if isinstance(listing, Listing) else listing.pairs
+    several = by_value({one.name: one.lines for one in listed})
+    return [
+        *left_out_told(listing.left_out),
+        *lines_told(several),
+        *first_lines([*listing.notes]),
+    ]
 
 
 def lines_input() -> Any:
@@ -315,14 +321,15 @@ class SD3TrainingImages(io.ComfyNode):
             source = Source(path, repeats, lines=lines)
             listing = list_pictures(source)
         if not listing.found:
-            raise NodeError("missing_file", f"{path.name}: there is no picture in it.")
+            told = "".join(f"; {line}" for line in left_out_told(listing.left_out))
+            raise NodeError("missing_file", f"{path.name}: there is no picture in it{told}.")
         texts = [one.captions[0][0] if one.captions else "" for one in listing.found]
         contents = {
             "folder": path.name,
             "pictures": len(listing.found),
             "without_caption": sum(not text for text in texts),
             "skipped": [f"{one.name}: {one.reason}" for one in listing.skipped[:SHOWN]],
-            "notes": notes_on(listing.found, listing.notes),
+            "notes": notes_on(listing),
             "captions": list(dict.fromkeys(texts))[:SHOWN],
             "files": {kind: describe_file(file) for kind, file in files.items()},
         }
@@ -423,7 +430,7 @@ class SD3Preferences(io.ComfyNode):
             "pairs": len(listing.pairs),
             "ties": listing.ties,
             "skipped": [f"{one.name}: {one.reason}" for one in listing.skipped[:SHOWN]],
-            "notes": notes_on(listing.pairs, listing.notes),
+            "notes": notes_on(listing),
             "captions": list(
                 dict.fromkeys(text for pair in listing.pairs for text in pair.captions[:1])
             )[:SHOWN],

@@ -11,17 +11,17 @@ line is an alternative, unless the source says otherwise.
 
 import json
 import math
-import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..decode import EXTENSIONS
+from .companions import Companions, visible_folders
 from .fields import Fields, first_of, read_fields, whole
-from .report import Skipped, counted
+from .report import Skipped, by_value, counted
 
 METADATA = "metadata.jsonl"
 CAPTION = ("text", "caption", "prompt")  # columns that may hold the caption; the first one counts
@@ -83,6 +83,7 @@ class Listing:
     skipped: tuple[Skipped, ...]
     repeated_folders: dict[str, int]
     notes: tuple[str, ...] = ()  # of files of text
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # see Report
 
 
 def list_pictures(source: Source, prefix: str = "") -> Listing:
@@ -94,7 +95,9 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
     """
     check_source(source)
     skipped: list[Skipped] = []
-    folders = list(_folders(source.path, skipped))
+    left: dict[Path, str] = {}  # why they are left out
+    folders = list(visible_folders(source.path, skipped, left))
+    companions = Companions(source.path, folders)
     rows: dict[Path, Row] = {}
     notes: list[str] = []
     for folder, names in folders:
@@ -122,6 +125,9 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
         except ValueError as error:
             skipped.append(Skipped(shown, str(error)))
             continue
+        if not row.line and (reason := companions.reason(path, bool(captions))):
+            left[path] = reason
+            continue
         captions = captions or (((fallback,),) if fallback else ())
         times, weight = repeats * source.repeats, row.weight * source.weight
         lines = source.lines if several else ""
@@ -129,7 +135,8 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
     for path, row in rows.items():
         shown = prefix + path.relative_to(source.path).as_posix()
         skipped.append(Skipped(shown, f"{row.line} names it, but no such picture is used"))
-    return Listing(tuple(found), tuple(skipped), repeated, tuple(notes))
+    reasons = {prefix + path.relative_to(source.path).as_posix(): left[path] for path in left}
+    return Listing(tuple(found), tuple(skipped), repeated, tuple(notes), by_value(reasons))
 
 
 def check_source(source: Source) -> None:
@@ -153,25 +160,6 @@ def check_apart(folders: Sequence[Path]) -> None:
                 f"{inner}: lies in {outer}, which is given, too, and takes all folders in it. Put "
                 "them side by side."
             )
-
-
-def _folders(top: Path, skipped: list[Skipped]) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder and its files' names, sorted; links are followed, circles are not."""
-    seen = set()
-
-    def note(error: OSError) -> None:
-        skipped.append(Skipped(str(error.filename), f"cannot be read ({error.strerror})"))
-
-    for folder, inner, names in os.walk(top, onerror=note, followlinks=True):
-        real = os.path.realpath(folder)
-        inner[:] = [] if real in seen else sorted(name for name in inner if not _hidden(name))
-        if real not in seen:
-            seen.add(real)
-            yield Path(folder), sorted(name for name in names if not _hidden(name))
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def _captions(path: Path, row: Row, rule: str) -> tuple[tuple[tuple[str, ...], ...], bool]:

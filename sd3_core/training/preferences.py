@@ -14,7 +14,7 @@ above whose "id" is ID.
 import codecs
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -33,9 +33,11 @@ from .framing import Framing
 from .report import (
     Report,
     Skipped,
-    by_rule,
+    by_value,
     counted,
     first_lines,
+    joined,
+    left_out_told,
     some_names,
     with_wildcards,
 )
@@ -68,6 +70,7 @@ class PairListing:
     ties: int = 0
     passed: int = 0  # neither chosen nor rejected: skipped by the person who was asked
     notes: tuple[str, ...] = ()  # of files of text
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # see Report
 
     def __add__(self, other: "PairListing") -> "PairListing":
         return PairListing(
@@ -76,6 +79,7 @@ class PairListing:
             self.ties + other.ties,
             self.passed + other.passed,
             self.notes + other.notes,
+            joined([self.left_out, other.left_out]),
         )
 
 
@@ -94,6 +98,7 @@ class PairReport(Report):
         if self.ties:
             lines.append(f"{counted(self.ties, 'tie')} left out: they say nothing")
         lines += first_lines([f"skipped {one.name}: {one.reason}" for one in self.skipped])
+        lines += left_out_told(self.left_out)
         if self.without_caption:
             lines.append(f"without a prompt: {some_names(self.without_caption)}")
         lines += self.caption_lines()
@@ -146,8 +151,9 @@ def read_preferences(
         draws=sum(item.repeats for item in items),
         buckets=dict(sorted(Counter(item.bucket for item in items).items())),
         skipped=tuple(skipped),
+        left_out=listing.left_out,
         without_caption=tuple(one.pair.name for one in used if not one.pair.captions),
-        several_lines=by_rule({one.pair.name: one.pair.lines for one in used}),
+        several_lines=by_value({one.pair.name: one.pair.lines for one in used}),
         wildcards=with_wildcards({item.name: item.captions for item in items}),
         notes=(*listing.notes, *(note for one in used for note in one.notes())),
         ties=listing.ties,
@@ -270,8 +276,13 @@ def _from_folders(source: Source) -> PairListing:
         if name in by_name[REJECTED]
     ]
     notes = [f"{side}/{note}" for side, listing in sides.items() for note in listing.notes]
+    left_out = [
+        {reason: tuple(f"{side}/{name}" for name in names)}
+        for side, listing in sides.items()
+        for reason, names in listing.left_out.items()
+    ]
     skipped.sort(key=lambda one: one.name)
-    return PairListing(tuple(pairs), tuple(skipped), notes=tuple(notes))
+    return PairListing(tuple(pairs), tuple(skipped), notes=tuple(notes), left_out=joined(left_out))
 
 
 def _joined(name: str, chosen: Found, rejected: Found) -> Listed:

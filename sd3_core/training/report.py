@@ -34,6 +34,8 @@ class Report:
     prior: int = 0  # pictures that only keep what the network knows
     prior_draws: int = 0  # their share of the draws
     skipped: tuple[Skipped, ...] = ()
+    # by the reason, pictures that lie in the folder and belong to something else; see companions
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     without_caption: tuple[str, ...] = ()  # they are trained with the empty prompt
     several_lines: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # by Source.lines
     wildcards: tuple[str, ...] = ()  # {a|b} in a caption, which other trainers draw from
@@ -57,6 +59,7 @@ class Report:
         for folder, repeats in self.repeated_folders.items():
             lines.append(f"{folder}: {repeats} repeats, from the folder's name")
         lines += first_lines([f"skipped {one.name}: {one.reason}" for one in self.skipped])
+        lines += left_out_told(self.left_out)
         for names, what in (
             (self.without_caption, "without a caption (trained with the empty prompt)"),
             (self.small, "smaller than the bucket (enlarged)"),
@@ -96,10 +99,27 @@ def lines_told(names: Mapping[str, Sequence[str]]) -> list[str]:
     ]
 
 
-def by_rule(rules: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
-    """Report.several_lines.  rules: by each picture's name Source.lines, or "" for one line."""
-    used = dict.fromkeys(rule for rule in rules.values() if rule)
-    return {one: tuple(name for name, rule in rules.items() if rule == one) for one in used}
+def by_value(values: Mapping[str, str]) -> dict[str, tuple[str, ...]]:
+    """The names with each value, but for those with an empty one."""
+    names: dict[str, list[str]] = {}
+    for name, value in values.items():
+        if value:
+            names.setdefault(value, []).append(name)
+    return {value: tuple(some) for value, some in names.items()}
+
+
+def joined(several: Sequence[Mapping[str, Sequence[str]]]) -> dict[str, tuple[str, ...]]:
+    """All names of each key."""
+    keys = dict.fromkeys(key for one in several for key in one)
+    return {key: tuple(name for one in several for name in one.get(key, ())) for key in keys}
+
+
+def left_out_told(names: Mapping[str, Sequence[str]]) -> list[str]:
+    """Which pictures are left out.  names: theirs, by the reason."""
+    return [
+        f"{counted(len(some), 'picture')} left out, {reason}: {some_names(some)}"
+        for reason, some in names.items()
+    ]
 
 
 def with_wildcards(captions: Mapping[str, Sequence[Sequence[str]]]) -> tuple[str, ...]:

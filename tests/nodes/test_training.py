@@ -274,6 +274,18 @@ def test_several_lines_are_what_the_node_says(tiny_three, places):
     assert pairs["notes"] == ["1 caption of several lines, of which the first is read: 0"]
 
 
+def test_the_node_says_which_pictures_are_left_out(tiny_three, places):
+    folder = places / "input" / "pictures"
+    (folder / "0-masklabel.png").write_bytes((folder / "0.png").read_bytes())
+    report = told(SD3TrainingImages.execute(*tiny_three[1:], "pictures"))
+    assert report["pictures"] == 5
+    assert report["notes"][0].startswith("1 picture left out, masks and control pictures by")
+    for path in folder.glob("?.png"):
+        path.unlink()
+    with pytest.raises(NodeError, match=r"no picture in it; 1 picture left out, .*masklabel\.png"):
+        SD3TrainingImages.execute(*tiny_three[1:], "pictures")
+
+
 def test_only_a_line_feed_parts_the_captions_of_pictures_of_the_graph(tiny_three):
     images = torch.rand(2, 64, 64, 3)
     output = SD3TrainingImages.execute(*tiny_three[1:], "", 1, images, "a\u2028b\r\nc")
