@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from ..sd3_core.plain_text import check_whole
-from ..sd3_core.training.folders import Source, list_pictures
-from ..sd3_core.training.preferences import CHOSEN, REJECTED, list_pairs
-from ..sd3_core.training.report import some_names
+from ..sd3_core.training.folders import LINES, Listing, Source, lines_of, list_pictures
+from ..sd3_core.training.preferences import CHOSEN, REJECTED, PairListing, list_pairs
+from ..sd3_core.training.report import by_value, first_lines, left_out_told, lines_told, some_names
 from ._compat import advanced, schema
 from .comfy_text import tokenizer_files
 from .errors import NodeError, coded
@@ -184,7 +184,7 @@ def as_levels(name: str, images: Tensor) -> np.ndarray:
 
 def caption_of_each(captions: str, count: int) -> list[str]:
     """A line for each picture, or one line for all.  Raises NodeError."""
-    lines = [line.strip() for line in captions.splitlines() if line.strip()]
+    lines = [line.strip() for line in lines_of(captions) if line.strip()]
     if len(lines) <= 1:
         return (lines or [""]) * count
     if len(lines) != count:
@@ -217,6 +217,28 @@ def encoder_inputs() -> list[Any]:
         io.Clip.Input("clip", tooltip="The text encoders that read the captions; ours, plain."),
         io.Vae.Input("vae", tooltip="The VAE that encodes the pictures; ours."),
     ]
+
+
+def notes_on(listing: Listing | PairListing) -> list[str]:
+    """Pictures left out, how captions of several lines are read, and notes on files of text."""
+    listed = listing.found if isinstance(listing, Listing) else listing.pairs
+    several = by_value({one.name: one.lines for one in listed})
+    return [
+        *left_out_told(listing.left_out),
+        *lines_told(several),
+        *first_lines([*listing.notes]),
+    ]
+
+
+def lines_input() -> Any:
+    return io.Combo.Input(
+        "lines",
+        options=list(LINES),
+        default=LINES[0],
+        optional=True,
+        tooltip="What several lines of a NAME.txt are: alternatives, one of which is drawn each "
+        "time; whole: one caption, such as a captioner's paragraphs; first: the first line alone.",
+    )
 
 
 class SD3TrainingImages(io.ComfyNode):
@@ -260,6 +282,7 @@ class SD3TrainingImages(io.ComfyNode):
                                 tooltip="For the pictures of the graph: a line for each, or one "
                                 "line for all.",
                             ),
+                            lines_input(),
                         ]
                     ),
                 ],
@@ -286,6 +309,7 @@ class SD3TrainingImages(io.ComfyNode):
         repeats: int = 1,
         images: Tensor | None = None,
         captions: str = "",
+        lines: str = LINES[0],
     ) -> io.NodeOutput:
         files = encoder_files(clip, vae)
         if bool(folder.strip()) == (images is not None):
@@ -299,16 +323,18 @@ class SD3TrainingImages(io.ComfyNode):
         else:
             path = keep_pictures({"": images}, caption_of_each(captions, len(images)))
         with coded("bad_setting"):
-            source = Source(path, repeats)
+            source = Source(path, repeats, lines=lines)
             listing = list_pictures(source)
         if not listing.found:
-            raise NodeError("missing_file", f"{path.name}: there is no picture in it.")
+            told = "".join(f"; {line}" for line in left_out_told(listing.left_out))
+            raise NodeError("missing_file", f"{path.name}: there is no picture in it{told}.")
         texts = [one.captions[0][0] if one.captions else "" for one in listing.found]
         contents = {
             "folder": path.name,
             "pictures": len(listing.found),
             "without_caption": sum(not text for text in texts),
             "skipped": [f"{one.name}: {one.reason}" for one in listing.skipped[:SHOWN]],
+            "notes": notes_on(listing),
             "captions": list(dict.fromkeys(texts))[:SHOWN],
             "files": {kind: describe_file(file) for kind, file in files.items()},
         }
@@ -356,6 +382,7 @@ class SD3Preferences(io.ComfyNode):
                                 tooltip="For the pictures of the graph: a line for each pair, or "
                                 "one line for all.",
                             ),
+                            lines_input(),
                         ]
                     ),
                 ],
@@ -384,6 +411,7 @@ class SD3Preferences(io.ComfyNode):
         chosen: Tensor | None = None,
         rejected: Tensor | None = None,
         captions: str = "",
+        lines: str = LINES[0],
     ) -> io.NodeOutput:
         files = encoder_files(clip, vae)
         if folder.strip() and (chosen is not None or rejected is not None):
@@ -394,7 +422,8 @@ class SD3Preferences(io.ComfyNode):
             )
         path = find_data(folder) if folder.strip() else keep_pairs(chosen, rejected, captions)
         with coded("bad_setting"):
-            listing = list_pairs(Source(path))
+            source = Source(path, lines=lines)
+            listing = list_pairs(source)
         if not listing.pairs:
             raise NodeError(
                 "missing_file",
@@ -406,9 +435,10 @@ class SD3Preferences(io.ComfyNode):
             "pairs": len(listing.pairs),
             "ties": listing.ties,
             "skipped": [f"{one.name}: {one.reason}" for one in listing.skipped[:SHOWN]],
+            "notes": notes_on(listing),
             "captions": list(
                 dict.fromkeys(text for pair in listing.pairs for text in pair.captions[:1])
             )[:SHOWN],
             "files": {kind: describe_file(file) for kind, file in files.items()},
         }
-        return io.NodeOutput(TrainingData(Source(path), files), ui=report(contents))
+        return io.NodeOutput(TrainingData(source, files), ui=report(contents))

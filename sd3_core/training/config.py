@@ -21,6 +21,7 @@ LORA_OPTIMIZERS = ("adamw", "adafactor", "adamw_8bit", "prodigy")
 OPTIMIZERS = (*LORA_OPTIMIZERS, "muon")  # that one for the matrices of a whole model
 PRIOR_WEIGHT = 4.0  # more forgets less and learns more slowly
 LR_SCHEDULES = ("constant", "cosine")
+OF_A_FOLDER = tuple(field.name for field in fields(Source) if field.name != "path")
 TEXT_ENCODERS_STAY = "text encoders are not trained here: a LoRA changes the MMDiT alone"
 _OF_TEXT_ENCODERS = re.compile(
     r"text_?encoder|(^|_)(te\d?|clip(_[lg])?|t5(xxl)?)_(lr|lora|rank)|train_(te|clip|t5)"
@@ -302,6 +303,11 @@ def make_config(table: Mapping[str, Any]) -> TrainConfig:
         if name not in hints:
             if _OF_TEXT_ENCODERS.search(name):
                 raise ValueError(f"there is no setting {name!r}: {TEXT_ENCODERS_STAY}.")
+            if name in OF_A_FOLDER:
+                raise ValueError(
+                    f"{name} is said of a folder: "
+                    f'data = [{{ path = "pictures", {name} = {json.dumps(table[name])} }}].'
+                )
             close = difflib.get_close_matches(name, hints, 1)
             guess = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(f"there is no setting {name!r}.{guess}")
@@ -408,7 +414,7 @@ def _source(value: Any) -> Source:
         return value
     if isinstance(value, str | Path):
         return Source(Path(value))
-    known = {field.name for field in fields(Source)}
+    known = {"path", *OF_A_FOLDER}
     if not isinstance(value, Mapping) or not {"path"} <= set(value) <= known:
         raise TypeError
     return Source(
@@ -419,6 +425,7 @@ def _source(value: Any) -> Source:
         _of(value.get("subfolders", True), bool),
         _of(value.get("caption", ""), str),
         _of(value.get("caption_extension", ""), str),
+        _of(value.get("lines", Source.lines), str),
     )
 
 
@@ -436,7 +443,8 @@ def _described(hint: Any) -> str:
         return " or ".join(f'"{one}"' for one in arguments)
     if hint is Source:
         return (
-            'a folder, "pictures", or {path = "pictures", repeats = 2, weight = 1.0, prior = true}'
+            'a folder, "pictures", or {path = "pictures", repeats = 2, weight = 1.0, prior = true, '
+            'lines = "whole"}'
         )
     words = {int: "a whole number", float: "a number", bool: "true or false"}
     return words.get(hint, "text in quotes")

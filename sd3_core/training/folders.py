@@ -2,27 +2,34 @@
 
 Captions lie beside the pictures or in metadata.jsonl, one object a line, in the same folder or one
 above: {"file_name": "cats/1.png", "text": "...", "captions": ["...", ...], "synthetic": "..." or
-[...], "weight": 1.0, "bucket": [width, height]}; only file_name is needed, other fields are left
-alone.  Without captions there, NAME.txt (or NAME.caption, or NAME.png.txt) and NAME.synthetic.txt
-are read: each line is an alternative.
+[...], "weight": 1.0, "bucket": [width, height]}; only file_name is needed, null is as good as
+nothing, other fields are left alone.  "caption" or "prompt" may stand for "text"; the first of the
+three that says something is read, and it is told where another one says something else.  Without
+captions there, NAME.txt (or NAME.caption, or NAME.png.txt) and NAME.synthetic.txt are read: each
+line is an alternative, unless the source says otherwise.
 """
 
 import json
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..decode import EXTENSIONS
 from ..plain_text import check_whole, decode_text
-from .report import Skipped
+from .companions import Companions, visible_folders
+from .fields import Fields, first_of, read_fields, whole
+from .report import Skipped, by_value, counted
 
 METADATA = "metadata.jsonl"
+CAPTION = ("text", "caption", "prompt")  # columns that may hold the caption; the first one counts
 # Pictures too, but of kinds that Pillow alone does not decode.
 FOREIGN = (".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".dng", ".cr2", ".nef", ".arw")
+LINES = ("alternatives", "first", "whole")  # see Source
 REPEATED = re.compile(r"(\d{1,3})_(.+)")  # kohya's `10_name`; `2024_trip` is just a name
 LONGEST_CAPTIONS = 2**20  # bytes of a caption file
 
@@ -39,6 +46,8 @@ class Source:
         without it (prior preservation; see flow.FlowTask).
     caption: of a picture that has none.
     caption_extension: NAME + this holds the captions, such as ".txt"; else .txt, then .caption.
+    lines: what several lines of a caption's file are: each an alternative, or the first one alone
+        is read, or all of them are one caption.
     """
 
     path: Path
@@ -48,6 +57,7 @@ class Source:
     subfolders: bool = True
     caption: str = ""
     caption_extension: str = ""
+    lines: str = "alternatives"  # of LINES
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Row:
     weight: float = 1.0
     bucket: tuple[int, int] | None = None
     line: str = ""  # file:number, for messages
+    told: str = ""  # what is worth a note, the same words for every line of its kind
 
 
 @dataclass(frozen=True)
@@ -72,6 +83,7 @@ class Found:
     row: Row
     weight: float
     prior: bool = False  # see Source
+    lines: str = ""  # Source.lines, where a file of captions has several
 
 
 @dataclass(frozen=True)
@@ -79,7 +91,8 @@ class Listing:
     found: tuple[Found, ...]
     skipped: tuple[Skipped, ...]
     repeated_folders: dict[str, int]
-    notes: tuple[str, ...] = ()  # of files of text, such as one that is not UTF-8
+    notes: tuple[str, ...] = ()  # of files of text
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # see Report
 
 
 def list_pictures(source: Source, prefix: str = "") -> Listing:
@@ -91,13 +104,19 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
     """
     check_source(source)
     skipped: list[Skipped] = []
-    notes: Notes = []
-    folders = list(_folders(source.path, skipped))
+    notes_of_text: Notes = []
+    left: dict[Path, str] = {}  # why they are left out
+    folders = list(visible_folders(source.path, skipped, left))
     folders = folders if source.subfolders else folders[:1]
+    companions = Companions(source.path, folders)
     rows: dict[Path, Row] = {}
+    notes: list[str] = []
     for folder, names in folders:
         if METADATA in names:
-            rows.update(_read_metadata(folder, notes))
+            own = _read_metadata(folder, notes_of_text)
+            file = prefix + (folder / METADATA).relative_to(source.path).as_posix()
+            notes += told_lines(file, Counter(row.told for row in own.values() if row.told))
+            rows.update(own)
     repeated: dict[str, int] = {}
     found: list[Found] = []
     for path in (folder / name for folder, names in folders for name in names):
@@ -113,18 +132,25 @@ def list_pictures(source: Source, prefix: str = "") -> Listing:
             continue
         row = rows.pop(path, Row())
         try:
-            captions = _captions(path, row, source.caption_extension, notes)
-            captions = captions or (((fallback,),) if fallback else ())
+            captions, several = _captions(path, row, source, notes_of_text)
         except ValueError as error:
             skipped.append(Skipped(shown, str(error)))
             continue
+        if not row.line and (reason := companions.reason(path, bool(captions))):
+            left[path] = reason
+            continue
+        captions = captions or (((fallback,),) if fallback else ())
         times, weight = repeats * source.repeats, row.weight * source.weight
-        found.append(Found(path, shown, captions, times, row, weight, source.prior))
+        lines = source.lines if several else ""
+        found.append(Found(path, shown, captions, times, row, weight, source.prior, lines))
     for path, row in rows.items():
         shown = prefix + path.relative_to(source.path).as_posix()
         skipped.append(Skipped(shown, f"{row.line} names it, but no such picture is used"))
-    told = (f"{prefix}{path.relative_to(source.path).as_posix()} {note}" for path, note in notes)
-    return Listing(tuple(found), tuple(skipped), repeated, tuple(told))
+    notes += [
+        f"{prefix}{path.relative_to(source.path).as_posix()} {note}" for path, note in notes_of_text
+    ]
+    reasons = {prefix + path.relative_to(source.path).as_posix(): left[path] for path in left}
+    return Listing(tuple(found), tuple(skipped), repeated, tuple(notes), by_value(reasons))
 
 
 def check_source(source: Source) -> None:
@@ -141,6 +167,9 @@ def check_source(source: Source) -> None:
         )
     if not (math.isfinite(source.weight) and source.weight > 0):
         raise ValueError(f"{source.path}: weight is {source.weight}; it must be above 0.")
+    if source.lines not in LINES:
+        known = ", ".join(LINES)
+        raise ValueError(f"{source.path}: lines is {source.lines!r}; expected one of {known}.")
 
 
 def check_apart(sources: Sequence[Source]) -> None:
@@ -164,32 +193,27 @@ def check_held(learnt: Sequence[Source], held: Sequence[Source]) -> None:
         )
 
 
-def _folders(top: Path, skipped: list[Skipped]) -> Iterator[tuple[Path, list[str]]]:
-    """Each folder and its files' names, sorted; links are followed, circles are not."""
-    seen = set()
-
-    def note(error: OSError) -> None:
-        skipped.append(Skipped(str(error.filename), f"cannot be read ({error.strerror})"))
-
-    for folder, inner, names in os.walk(top, onerror=note, followlinks=True):
-        real = os.path.realpath(folder)
-        inner[:] = [] if real in seen else sorted(name for name in inner if not _hidden(name))
-        if real not in seen:
-            seen.add(real)
-            yield Path(folder), sorted(name for name in names if not _hidden(name))
-
-
-def _hidden(name: str) -> bool:
-    return name.startswith(".") or name == "__MACOSX"
-
-
-def _captions(path: Path, row: Row, extension: str, notes: Notes) -> tuple[tuple[str, ...], ...]:
+def _captions(
+    path: Path, row: Row, source: Source, notes: Notes
+) -> tuple[tuple[tuple[str, ...], ...], bool]:
+    """For each source of captions its alternatives; and whether a file had several lines."""
     names = [f"{path.stem}.txt", f"{path.stem}.caption", f"{path.name}.txt"]
-    original = row.captions
-    for name in [f"{path.stem}{extension}"] if extension else names:
+    if source.caption_extension:
+        names = [f"{path.stem}{source.caption_extension}"]
+    original: tuple[str, ...] = ()
+    for name in names if not row.captions else ():
         original = original or _lines(path.with_name(name), notes)
-    synthetic = row.synthetic or _lines(path.with_suffix(".synthetic.txt"), notes)
-    return tuple(captions for captions in (original, synthetic) if captions)
+    synthetic = _lines(path.with_suffix(".synthetic.txt"), notes) if not row.synthetic else ()
+    taken = (_taken(original, source.lines), _taken(synthetic, source.lines))
+    captions = (row.captions or taken[0], row.synthetic or taken[1])
+    several = len(original) > 1 or len(synthetic) > 1
+    return tuple(some for some in captions if some), several
+
+
+def _taken(lines: tuple[str, ...], rule: str) -> tuple[str, ...]:
+    if rule == "whole":
+        return ("\n".join(lines),) if lines else ()
+    return lines[:1] if rule == "first" else lines
 
 
 def _lines(path: Path, notes: Notes) -> tuple[str, ...]:
@@ -208,7 +232,13 @@ def _lines(path: Path, notes: Notes) -> tuple[str, ...]:
         raise ValueError(f"{path.name} {error}") from error
     if read.note:
         notes.append((path, read.note))
-    return _texts(read.text.splitlines())
+    return _texts(lines_of(read.text))
+
+
+def lines_of(text: str) -> list[str]:
+    """Parted where an editor begins a new line; str.splitlines() parts at U+2028 and others, too,
+    which captions may hold."""
+    return text.replace("\r\n", "\n").split("\n")
 
 
 def _texts(lines: list[str]) -> tuple[str, ...]:
@@ -223,7 +253,7 @@ def _read_metadata(folder: Path, notes: Notes) -> dict[Path, Row]:
         raise ValueError(f"{file}: cannot be read ({error.strerror or error}).") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}.") from error
-    lines = read.text.replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    lines = lines_of(read.text)
     if read.note:
         notes.append((file, read.note))
     rows: dict[Path, Row] = {}
@@ -240,19 +270,24 @@ def _read_metadata(folder: Path, notes: Notes) -> dict[Path, Row]:
     return rows
 
 
+def told_lines(file: str, told: Mapping[str, int]) -> tuple[str, ...]:
+    """Notes on a file of lines: what is to be told, and of how many of them."""
+    return tuple(f"{file}: {counted(times, 'line')} {what}" for what, times in told.items())
+
+
 def _row(text: str, folder: Path, line: str) -> tuple[Path, Row]:
     try:
-        fields = json.loads(text)
+        fields = read_fields(text, '{"file_name": "1.png", "text": "a cat"}')
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON ({error.msg} at character {error.colno})") from error
-    if not isinstance(fields, dict):
-        raise ValueError('expected an object such as {"file_name": "1.png", "text": "a cat"}')
+    column, told = first_of(fields, CAPTION)
     row = Row(
-        captions=_strings(fields, "text") + _strings(fields, "captions"),
+        captions=_strings(fields, column) + _strings(fields, "captions"),
         synthetic=_strings(fields, "synthetic"),
         weight=given_weight(fields.get("weight", 1.0)),
         bucket=_bucket(fields.get("bucket")),
         line=line,
+        told=told,
     )
     return folder / name_inside(fields.get("file_name")), row
 
@@ -271,11 +306,11 @@ def name_inside(name: object) -> str:
     return name
 
 
-def _strings(fields: dict[str, Any], name: str) -> tuple[str, ...]:
-    value = fields.get(name)
-    if value is None:
-        return ()
+def _strings(fields: Fields, name: str) -> tuple[str, ...]:
+    value = fields.get(name, [])
     texts = [value] if isinstance(value, str) else value
+    if isinstance(texts, list):
+        texts = [text for text in texts if text is not None]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
         raise ValueError(f"{name} is {value!r}; expected a text or a list of texts")
     for text in texts:
@@ -293,6 +328,7 @@ def given_weight(value: Any) -> float:
 def _bucket(value: object) -> tuple[int, int] | None:
     if value is None:
         return None
-    if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)):
+    sides = [whole(side) for side in value] if isinstance(value, list) else []
+    if len(sides) != 2 or sides[0] is None or sides[1] is None:
         raise ValueError(f"bucket is {value!r}; expected [width, height] in pixels")
-    return value[0], value[1]
+    return sides[0], sides[1]

@@ -9,12 +9,12 @@ Both files are only ever appended to.  A vote may be taken back; a group is vote
 
 import codecs
 import hashlib
-import json
 import math
 import os
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -22,6 +22,7 @@ from typing import Any
 
 from ..checkpoints.save import save_bytes
 from ..plain_text import as_json, check_whole
+from .fields import read_fields
 from .order import shuffled
 from .preferences import PREFERENCES
 
@@ -326,7 +327,7 @@ def compare(arms: tuple[str, str], wins: tuple[int, int], ties: int) -> Comparis
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; torn lines are left out."""
+    """The fields of the lines of a .jsonl file; torn lines are left out."""
     try:
         data = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # an editor's
         texts = data.split(b"\n")  # a prompt may hold what else parts lines
@@ -334,12 +335,8 @@ def _lines(path: Path) -> list[dict[str, Any]]:
         return []
     found = []
     for text in texts:
-        try:
-            line = json.loads(text.decode())
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            found.append(line)
+        with suppress(ValueError, RecursionError):
+            found.append(read_fields(text.decode(), "{...}"))
     return found
 
 

@@ -56,6 +56,7 @@ class TrainPlan:
     global_batch: int
     pictures: int  # or pairs of them
     epochs: float
+    filled: int  # samples that an epoch's last step lacks
     estimate: Estimate
     free: float | None  # bytes; None: unknown
     pairs: bool = False
@@ -63,11 +64,16 @@ class TrainPlan:
     def lines(self) -> list[str]:
         """The plan as text."""
         size, found = self.estimate, "" if self.free is None else f" of {_gib(self.free)} free"
-        what = counted(self.pictures, "pair" if self.pairs else "picture")
+        thing = "pair" if self.pairs else "picture"
+        fill = (
+            f"; an epoch's last step is filled up with {counted(self.filled, 'draw')} more, picked "
+            f"anew among all {thing}s each time"
+        )
         return [
-            f"trains {self.trained:,} parameters on {what}",
+            f"trains {self.trained:,} parameters on {counted(self.pictures, thing)}",
             f"{self.steps - self.done} steps to go ({self.done} of {self.steps} done), "
-            f"{self.global_batch} samples each: {self.epochs:.1f} epochs in all",
+            f"{self.global_batch} samples each: {self.epochs:.1f} epochs in all"
+            f"{fill if self.filled else ''}",
             f"memory: about {_gib(size.total)}{found} (network {_gib(size.weights)}, training "
             f"state {_gib(size.trained)}, activations {_gib(size.activations)})",
         ]

@@ -61,6 +61,10 @@ FREE = (
 # Entries of a run's identity that have contents.
 DATA, HELD = "pictures and captions", "pictures of validation"
 
+# An entry only of runs where it applies: one that an earlier version began is refused if its
+# pictures would come in another order now, and goes on if not.
+ORDER, MIXED = "order of the pictures", "mixed buckets; earlier versions filled each one up"
+
 OnProgress = Callable[[CacheProgress], None]
 
 
@@ -161,9 +165,11 @@ def identity(
 ) -> dict[str, Any]:
     """What makes this run the one it is, as JSON holds it."""
     settings = {k: v for k, v in plain_settings(config).items() if k not in FREE}
+    size = global_batch(config, world)
     return {
         **settings,
-        "samples of a step": global_batch(config, world),
+        "samples of a step": size,
+        **({ORDER: MIXED} if subject.dataset.mixes(size) else {}),
         DATA: subject.dataset.digest,
         HELD: subject.held.digest if subject.held else None,
         **{f"weights of {kind}": fingerprint_of(part) for kind, part in subject.parts.items()},
@@ -341,6 +347,7 @@ def tell_plan(
         pictures=len(subject.dataset.items),
         pairs=config.method == "dpo",
         epochs=config.steps / subject.dataset.epoch(size),
+        filled=subject.dataset.filled(size),
         estimate=estimate,
         free=free,
     )

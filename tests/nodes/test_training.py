@@ -256,6 +256,44 @@ def test_a_torn_line_of_the_log_does_not_cost_the_run(tiny_three, pictures, plac
     assert len(train(tiny_three[0], pictures).args[2]["loss"]) == 4
 
 
+def test_several_lines_are_what_the_node_says(tiny_three, places):
+    """The report says how they are read, and so does the run."""
+    (places / "input" / "pictures" / "0.txt").write_text("a red circle\n\non grey")
+    clip, vae = tiny_three[1:]
+    output = SD3TrainingImages.execute(clip, vae, "pictures")
+    assert told(output)["captions"][0] == "a red circle"
+    assert told(output)["notes"][0].startswith("1 caption of several lines, each an alternative")
+    whole = SD3TrainingImages.execute(clip, vae, "pictures", lines="whole")
+    note = "1 caption of several lines, read as one caption: 0.png"
+    assert told(whole)["captions"][0] == "a red circle\non grey"
+    assert told(whole)["notes"] == [note]
+    assert note in told(train(tiny_three[0], whole.args[0], steps=1))["notes"]
+    for side in ("chosen", "rejected"):
+        write_pictures(places / "input" / "two" / side, 1)
+        (places / "input" / "two" / side / "0.txt").write_text("a red circle\n\non grey")
+    pairs = told(SD3Preferences.execute(clip, vae, "two", lines="first"))
+    assert pairs["captions"] == ["a red circle"]
+    assert pairs["notes"] == ["1 caption of several lines, of which the first is read: 0"]
+
+
+def test_the_node_says_which_pictures_are_left_out(tiny_three, places):
+    folder = places / "input" / "pictures"
+    (folder / "0-masklabel.png").write_bytes((folder / "0.png").read_bytes())
+    report = told(SD3TrainingImages.execute(*tiny_three[1:], "pictures"))
+    assert report["pictures"] == 5
+    assert report["notes"][0].startswith("1 picture left out, masks and control pictures by")
+    for path in folder.glob("?.png"):
+        path.unlink()
+    with pytest.raises(NodeError, match=r"no picture in it; 1 picture left out, .*masklabel\.png"):
+        SD3TrainingImages.execute(*tiny_three[1:], "pictures")
+
+
+def test_only_a_line_feed_parts_the_captions_of_pictures_of_the_graph(tiny_three):
+    images = torch.rand(2, 64, 64, 3)
+    output = SD3TrainingImages.execute(*tiny_three[1:], "", 1, images, "a\u2028b\r\nc")
+    assert told(output)["captions"] == ["a\u2028b", "c"]
+
+
 def test_pictures_of_the_graph_outlive_the_temporary_folder(tiny_three, places):
     output = SD3TrainingImages.execute(*tiny_three[1:], "", 1, torch.rand(1, 64, 64, 3), "x")
     folder = output.args[0].source.path
@@ -461,18 +499,18 @@ def test_loras_of_both_kinds_of_loader_are_named(styled):
 def test_a_prior_holds_the_lora_to_the_model_as_it_came(
     tiny_three, styled, pictures, places, monkeypatch
 ):
-    passes, loss = [], FlowTask.loss
+    parts, part = [], FlowTask.part
 
     def watched(task, step, rows, size):
-        losses = loss(task, step, rows, size)
-        passes.append((task.batches.samples(step, rows, size).prior, losses.each.detach()))
+        losses = part(task, step, rows, size)
+        parts.append((task.batches.samples(step, rows, size).prior, losses.each.detach()))
         return losses
 
-    monkeypatch.setattr(FlowTask, "loss", watched)
+    monkeypatch.setattr(FlowTask, "part", watched)
     write_pictures(places / "input" / "others", 7)
     prior = SD3TrainingImages.execute(tiny_three[1], tiny_three[2], "others").args[0]
     output = train(styled, pictures, prior=prior, steps=1, batch_size=12)
-    ((is_prior, losses),) = passes
+    is_prior, losses = (torch.cat(some) for some in zip(*parts, strict=True))
     assert 0 < is_prior.sum() < 12
     assert losses[is_prior].max() < 1e-8  # with the LoRA that was on it
     assert losses[~is_prior].min() > 0.01

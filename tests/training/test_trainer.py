@@ -358,6 +358,44 @@ def test_the_same_run_may_divide_its_batch_otherwise_and_move(config, tmp_path):
         train(replace(config, batch_size=3))
 
 
+def test_a_step_of_several_buckets_costs_the_same_however_it_is_divided(config):
+    """Seven pictures of three sizes, in batches of 4: two steps an epoch, and one draw more."""
+    notes = []
+    config = replace(config, batch_size=4, steps=5, validate_every=0)
+    train(config, on_note=notes.append)
+    divided = replace(config, run_name=config.run_name + " 2", batch_size=1, accumulation=4)
+    train(divided)
+    assert losses(divided) == pytest.approx(losses(config), rel=1e-4)
+    assert any(
+        "4 samples each: 2.5 epochs in all; an epoch's last step is filled up with 1 draw more"
+        in note
+        for note in notes
+    )
+
+
+def test_a_run_whose_pictures_came_in_another_order_before_is_refused_in_words(config, tmp_path):
+    """As an earlier version wrote it: it kept each step to one bucket."""
+
+    def written_before(config):
+        path = config.output / "sd3" / config.run_name / "config.json"
+        known = json.loads(path.read_text())
+        known["identity"].pop("order of the pictures", None)
+        path.write_text(json.dumps(known))
+
+    for name, data, batch_size in (
+        ("fills", config.data, 1),
+        ("one bucket", (Source(write_pictures(tmp_path / "square", 2)),), 3),
+    ):
+        same = replace(config, run_name=f"{name} of before", data=data, batch_size=batch_size)
+        train(replace(same, steps=1))
+        written_before(same)
+        train(replace(same, steps=2))
+    train(replace(config, steps=1))
+    written_before(config)
+    with pytest.raises(RunRefused, match="order of the pictures: null -> .*filled each one up"):
+        train(replace(config, steps=2))
+
+
 # Refusals
 
 
