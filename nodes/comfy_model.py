@@ -31,6 +31,7 @@ from ..sd3_core.models.mmdit import MMDiT, MMDiTConfig, Tokens
 from ..sd3_core.models.vae import VAE, VAEConfig
 from ..sd3_core.settings import model_preset
 from ..sd3_core.speed import stripes
+from ..sd3_core.speed.modulation import tabled_layers
 from ._compat import archive_dtypes, make_patcher, quantised_layers, weights_of
 from .comfy_speed import RUN, watch_runs
 from .comfy_table import WEIGHTS, Tabled, TabledPatcher, forget_table, weights_in_force, with_table
@@ -249,6 +250,14 @@ class SD3Model(comfy.model_base.SD3):
             device=device,
             unet_model=ComfyMMDiT,
         )
+
+    def get_dynamic_vram__units(self) -> tuple[list[Any], list[Any]]:
+        """What dynamic VRAM keeps on the card longest and shortest; the name is ComfyUI's.
+
+        By itself it ranks layers by size: the adaLN layers, the largest, would stay although a
+        table stands in for them, and others would be carried to the card in every step.
+        """
+        return [], tabled_layers(self.diffusion_model)
 
     def _apply_model(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,

@@ -190,7 +190,7 @@ def gains_of(run: Run, patcher: Any) -> tuple[Gain, ...]:
     wanted = run.asked
     why = why_no_table(run, patcher)
     pages = bool(getattr(patcher, "is_dynamic", bool)())
-    leave = "its weights are paged out" if pages else "its weights are the first to make room"
+    leave = "ComfyUI pages its weights" if pages else "its weights are the first to make room"
     ours = hasattr(patcher.model.diffusion_model, "tabled")
     spanned_cfg = (wanted.cfg_start, wanted.cfg_end) != (0.0, 1.0)
     guided = f"cfg in {run.guided} of {run.evaluations} evaluations"

@@ -3,6 +3,7 @@
 from collections import Counter
 
 import comfy.model_management
+import comfy.model_patcher
 import comfy.sd
 import pytest
 import torch
@@ -17,6 +18,7 @@ from sd3_pack.nodes.comfy_table import weights_in_force
 from sd3_pack.sd3_core.checkpoints.layouts import find_components
 from sd3_pack.sd3_core.checkpoints.load import component_of, load_mmdit, read_config
 from sd3_pack.sd3_core.embedded.model import FILE
+from sd3_pack.sd3_core.speed.modulation import is_tabled
 from tiny import quantised, tiny_state_dicts, write_tiny_checkpoint
 
 import nodes
@@ -79,6 +81,51 @@ def test_a_run_computes_its_modulations_once_and_a_repeated_one_never(our_model,
 def test_noise_levels_between_those_foretold_are_computed(our_model, their_model, conditioning):
     ours, theirs = (ksampler(m, conditioning, "dpm_2") for m in (our_model, their_model))
     torch.testing.assert_close(ours, theirs, **TOLERANCE)
+
+
+def test_dynamic_vram_keeps_what_a_table_stands_in_for_after_all_else(our_model, monkeypatch):
+    """Its address space is given out in the order in which layers stay; on a device of shapes."""
+    dynamic = getattr(comfy.model_patcher, "ModelPatcherDynamic", None)
+    if dynamic is None or "get_dynamic_vram__units" not in dynamic.load.__code__.co_consts:
+        pytest.skip("this ComfyUI asks no model which layers matter least")
+    monkeypatch.setattr("comfy_aimdo.host_buffer.HostBuffer", FakeHostBuffer)
+    monkeypatch.setattr("comfy_aimdo.model_vbar.ModelVBAR", FakeVBAR)
+    factory, arguments = our_model.cached_patcher_init
+    model = factory(*arguments, disable_dynamic=True).model
+    patcher = dynamic(model, torch.device("meta"), torch.device("cpu"))
+    patcher.load(patcher.load_device)
+    places = {n: m._v[0] for n, m in model.diffusion_model.named_modules() if hasattr(m, "_v")}
+    tabled = {name for name in places if is_tabled(f"{name}.")}
+    assert len(tabled) > 2
+    assert len(places) > 2 * len(tabled)
+    assert min(places[name] for name in tabled) > max(
+        place for name, place in places.items() if name not in tabled
+    )
+
+
+class FakeHostBuffer:
+    size = 0
+
+    def __init__(self, *sizes):
+        pass
+
+    def truncate(self, *arguments, **named):
+        pass
+
+
+class FakeVBAR:
+    def __init__(self, size, device):
+        self.given_out = 0
+
+    def alloc(self, size):
+        self.given_out += 1
+        return self.given_out, 0, size
+
+    def prioritize(self):
+        pass
+
+    def free_memory(self, size):
+        return 0
 
 
 def test_a_patched_modulation_has_a_table_of_its_own(our_model, their_model, conditioning):
