@@ -32,7 +32,14 @@ from ..sd3_core.models.vae import VAE, VAEConfig
 from ..sd3_core.settings import model_preset
 from ..sd3_core.speed import stripes
 from ..sd3_core.speed.modulation import tabled_layers
-from ._compat import archive_dtypes, make_patcher, quantised_layers, weights_of
+from ._compat import (
+    archive_dtypes,
+    lending_layers,
+    lent,
+    make_patcher,
+    quantised_layers,
+    weights_of,
+)
 from .comfy_speed import RUN, watch_runs
 from .comfy_table import WEIGHTS, Tabled, TabledPatcher, forget_table, weights_in_force, with_table
 
@@ -61,12 +68,20 @@ class TypedOps:
     embedding_dtype: torch.dtype = torch.float32  # token ids do not tell that of the computation
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(getattr(self.operations, name), dtype=self.dtype)
+        return partial(make_layer, getattr(self.operations, name), dtype=self.dtype)
 
     def Embedding(self, rows: int, width: int) -> Any:  # noqa: N802
         layer = self.operations.Embedding(rows, width, dtype=self.dtype)
         layer.forward = partial(layer.forward, out_dtype=self.embedding_dtype)
         return layer
+
+
+def make_layer(kind: Any, *sizes: int, **named: Any) -> Any:
+    """A layer of comfy.ops; its weights are at hand for the blocks' fast ways (models/fused.py)."""
+    layer = kind(*sizes, **named)
+    if kind in lending_layers():
+        layer.lend = lent
+    return layer
 
 
 # Weights

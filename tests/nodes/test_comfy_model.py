@@ -7,6 +7,7 @@ import comfy.model_patcher
 import comfy.sd
 import pytest
 import torch
+import torch.nn.functional as F
 from comfy_call import call
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_model_merging import ModelMergeSimple, save_checkpoint
@@ -18,6 +19,7 @@ from sd3_pack.nodes.comfy_table import weights_in_force
 from sd3_pack.sd3_core.checkpoints.layouts import find_components
 from sd3_pack.sd3_core.checkpoints.load import component_of, load_mmdit, read_config
 from sd3_pack.sd3_core.embedded.model import FILE
+from sd3_pack.sd3_core.models import fused
 from sd3_pack.sd3_core.speed.modulation import is_tabled
 from tiny import quantised, tiny_state_dicts, write_tiny_checkpoint
 
@@ -314,6 +316,31 @@ def test_scaled_fp8_means_what_its_scales_say(tmp_path, spelling):
         pooled = torch.randn(1, 160, generator=generator)
         velocities.append(model.model.diffusion_model(x, torch.tensor([500.0]), context, pooled))
     torch.testing.assert_close(*velocities, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("weight_dtype", [AUTO, "bf16", "fp8_e4m3fn"])
+def test_what_a_layer_lends_is_what_it_computes_with(wide, weight_dtype):
+    """The blocks' fast ways read weights, wherever ComfyUI keeps them and whatever patches them."""
+    model = make_model(component_of(wide, "mmdit"), weight_dtype)
+    attention = model.model.diffusion_model.joint_blocks[0].x_block.attn
+    x = torch.randn(2, 5, attention.qkv.in_features)
+    heads = torch.randn(2, 5, 3, 64)
+    for patched in (False, True):
+        if patched:
+            attention.qkv.weight_function = [lambda weight: weight * 2]
+            attention.ln_q.weight_function = [lambda weight: weight * 2]
+        assert fused.lends(attention.qkv, x)
+        with fused.lent(attention.qkv, x) as (weight, bias):
+            assert torch.equal(F.linear(x, weight, bias), attention.qkv(x))
+        weight = fused.own_weight(attention.ln_q, heads)
+        assert torch.equal(F.rms_norm(heads, (64,), weight, 1e-6), attention.ln_q(heads))
+
+
+def test_layers_that_compute_in_fp8_lend_nothing(tmp_path):
+    stored, _ = quantised(tiny_state_dicts(["mmdit"])["mmdit"], "comfy_quant")
+    save_file(stored, tmp_path / "scaled.safetensors")
+    network = make_model(component_of(tmp_path / "scaled.safetensors", "mmdit")).model
+    assert not fused.lends(network.diffusion_model.joint_blocks[0].x_block.attn.qkv, torch.ones(1))
 
 
 def test_a_bf16_file_on_the_cpu_is_computed_in_float32(tmp_path):
