@@ -1,6 +1,7 @@
 """One code for ComfyUI 0.3.64 and 0.33: what differs is asked for by name, never by version."""
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -70,7 +71,10 @@ def quantised_layers() -> bool:
     return hasattr(comfy.ops, "mixed_precision_ops")
 
 
-OFFLOADABLE = "offloadable" in inspect.signature(comfy.ops.cast_bias_weight).parameters
+@functools.cache
+def wants_back(cast: Callable[..., Any]) -> bool:
+    """Whether this ComfyUI's cast_bias_weight lends buffers that it wants to have back."""
+    return "offloadable" in inspect.signature(cast).parameters
 
 
 @contextmanager
@@ -79,11 +83,12 @@ def lent(layer: nn.Module, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None
 
     They lie in buffers that ComfyUI fills anew for the next layer.
     """
-    if not OFFLOADABLE:
-        weight, bias = comfy.ops.cast_bias_weight(layer, like)
+    cast = comfy.ops.cast_bias_weight
+    if not wants_back(cast):
+        weight, bias = cast(layer, like)[:2]
         yield weight, bias
         return
-    weight, bias, loan = comfy.ops.cast_bias_weight(layer, like, offloadable=True)
+    weight, bias, loan = cast(layer, like, offloadable=True)
     try:
         yield weight, bias
     finally:

@@ -34,14 +34,23 @@ from ..sd3_core.speed import stripes
 from ..sd3_core.speed.modulation import tabled_layers
 from ._compat import (
     archive_dtypes,
+    inference_dtype,
     lending_layers,
     lent,
     make_patcher,
     quantised_layers,
     weights_of,
 )
-from .comfy_speed import RUN, watch_runs
-from .comfy_table import WEIGHTS, Tabled, TabledPatcher, forget_table, weights_in_force, with_table
+from .comfy_speed import watch_runs
+from .comfy_table import (
+    LOOKED_UP,
+    WEIGHTS,
+    Tabled,
+    TabledPatcher,
+    forget_table,
+    looked_up,
+    weights_in_force,
+)
 
 WEIGHT_DTYPES = {
     "bf16": torch.bfloat16,
@@ -203,11 +212,7 @@ class ComfyMMDiT(MMDiT):
         ignored: what other models of ComfyUI are told as well.  Returns the velocity, like x.
         """
         options = transformer_options or {}
-        network, pooled = self, y
-        found = with_table(self, self.tabled, x, y, options)
-        if found is not None:
-            self.tabled, pooled = found
-            network = self.tabled.network_of(options.get(RUN))
+        network, pooled = options.get(LOOKED_UP) or (self, y)
         tokens = network.embed(x, timesteps, context, pooled)
         return network.unembed(run_patched(network, tokens, control or {}, options))
 
@@ -284,8 +289,10 @@ class SD3Model(comfy.model_base.SD3):
         transformer_options: Mapping[str, Any] | None = None,
         **conditions: Any,
     ) -> Tensor:
-        """The network is told, too, which state of its weights is in force."""
+        """The network is given its modulations, where a table has them."""
         options = {**(transformer_options or {}), WEIGHTS: weights_in_force(self.current_patcher)}
+        dtype, pooled = inference_dtype(self), conditions.get("y")
+        options[LOOKED_UP] = looked_up(self, x, t, pooled, dtype, options)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **conditions)
 
 
