@@ -26,6 +26,7 @@ from torch import Tensor
 
 from ..sd3_core.checkpoints.layouts import Component
 from ..sd3_core.checkpoints.load import CONVERTED_AT_MOST, read_config, read_state_dict
+from ..sd3_core.checkpoints.products import Product, read_products
 from ..sd3_core.models.cast import cast
 from ..sd3_core.models.mmdit import MMDiT, MMDiTConfig, Tokens
 from ..sd3_core.models.vae import VAE, VAEConfig
@@ -151,6 +152,7 @@ def read_weights(component: Component, dtype: torch.dtype, keep_scaled: bool) ->
     keep_scaled: scaled fp8 layers stay as they are, with the notes by which comfy.ops knows them.
     """
     stored = read_state_dict(component)
+    products = read_products(component) if keep_scaled else {}
     state: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         module, _, end = name.rpartition(".")
@@ -160,9 +162,12 @@ def read_weights(component: Component, dtype: torch.dtype, keep_scaled: bool) ->
         if scale is None:
             state[name] = tensor if name == "pos_embed" else tensor.to(dtype)
         elif keep_scaled and scale.numel() == 1 and tensor.ndim == 2:
-            note = json.dumps({"format": FP8_NOTES[tensor.dtype]})
+            product = products.get(module, Product())
+            note = json.dumps(product.note(FP8_NOTES[tensor.dtype]))
             state[name] = tensor
             state[f"{module}.weight_scale"] = scale.reshape(())
+            if product.input_scale is not None:
+                state[f"{module}.input_scale"] = product.input_scale
             state[f"{module}.comfy_quant"] = torch.tensor(list(note.encode()), dtype=torch.uint8)
         else:
             state[name] = cast(tensor, scale, dtype)

@@ -12,8 +12,10 @@ from comfy_call import call
 from comfy_extras.nodes_model_advanced import ModelSamplingSD3
 from comfy_extras.nodes_model_merging import ModelMergeSimple, save_checkpoint
 from comfy_extras.nodes_sd3 import SkipLayerGuidanceSD3
+from recipe import recipe_state_dict
+from released_widths import RELEASED_WIDTHS
 from safetensors.torch import load_file, save_file
-from sd3_pack.nodes._compat import inference_dtype
+from sd3_pack.nodes._compat import inference_dtype, quantised_layers
 from sd3_pack.nodes.comfy_model import AUTO, make_model
 from sd3_pack.nodes.comfy_table import weights_in_force
 from sd3_pack.sd3_core.checkpoints.layouts import find_components
@@ -21,7 +23,7 @@ from sd3_pack.sd3_core.checkpoints.load import component_of, load_mmdit, read_co
 from sd3_pack.sd3_core.embedded.model import FILE
 from sd3_pack.sd3_core.models import fused
 from sd3_pack.sd3_core.speed.modulation import is_tabled
-from tiny import quantised, tiny_state_dicts, write_tiny_checkpoint
+from tiny import quantised, shapes_of, tiny_state_dicts, write_tiny_checkpoint
 
 import nodes
 
@@ -341,6 +343,42 @@ def test_layers_that_compute_in_fp8_lend_nothing(tmp_path):
     save_file(stored, tmp_path / "scaled.safetensors")
     network = make_model(component_of(tmp_path / "scaled.safetensors", "mmdit")).model
     assert not fused.lends(network.diffusion_model.joint_blocks[0].x_block.attn.qkv, torch.ones(1))
+
+
+@pytest.mark.parametrize("spelling", ["scale_weight", "comfy_quant"])
+def test_products_in_fp8_are_those_of_comfyuis_own_loader(tmp_path, spelling):
+    """On a CPU none is computed in fp8, so what the layers were told is compared."""
+    if not quantised_layers():
+        pytest.skip("this ComfyUI computes nothing in fp8")
+    shapes = shapes_of(*RELEASED_WIDTHS["mmdit"])
+    stored, _ = quantised(recipe_state_dict(shapes, 0), spelling)  # its marker has two elements
+    layer = "joint_blocks.0.x_block.mlp.fc1"
+    if spelling == "comfy_quant":
+        note = b'{"format": "float8_e4m3fn", "full_precision_matrix_mult": true}'
+        stored[f"{layer}.comfy_quant"] = torch.tensor(list(note), dtype=torch.uint8)
+    scale = "scale_input" if spelling == "scale_weight" else "input_scale"
+    stored[f"{layer}.{scale}"] = torch.tensor(0.25)
+    file = tmp_path / "scaled.safetensors"
+    save_file(stored, file)
+    told = []
+    for model in (
+        make_model(component_of(file, "mmdit")),
+        comfy.sd.load_diffusion_model(str(file)),
+    ):
+        layers = model.model.diffusion_model.named_modules()
+        told.append({n: (m._full_precision_mm_config, scale_of(m)) for n, m in layers if is_fp8(m)})
+    assert told[0] == told[1]
+    assert told[0][layer] == (True, 0.25)
+
+
+def is_fp8(layer):
+    return getattr(layer, "quant_format", None) is not None
+
+
+def scale_of(layer):
+    """Of its input; none is 1."""
+    scale = getattr(layer, "input_scale", None)
+    return 1.0 if scale is None else float(scale)
 
 
 def test_a_bf16_file_on_the_cpu_is_computed_in_float32(tmp_path):
