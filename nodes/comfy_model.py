@@ -26,14 +26,32 @@ from torch import Tensor
 
 from ..sd3_core.checkpoints.layouts import Component
 from ..sd3_core.checkpoints.load import CONVERTED_AT_MOST, read_config, read_state_dict
+from ..sd3_core.checkpoints.products import Product, read_products
 from ..sd3_core.models.cast import cast
 from ..sd3_core.models.mmdit import MMDiT, MMDiTConfig, Tokens
 from ..sd3_core.models.vae import VAE, VAEConfig
 from ..sd3_core.settings import model_preset
 from ..sd3_core.speed import stripes
-from ._compat import archive_dtypes, make_patcher, quantised_layers, weights_of
-from .comfy_speed import RUN, watch_runs
-from .comfy_table import WEIGHTS, Tabled, TabledPatcher, forget_table, weights_in_force, with_table
+from ..sd3_core.speed.modulation import tabled_layers
+from ._compat import (
+    archive_dtypes,
+    inference_dtype,
+    lending_layers,
+    lent,
+    make_patcher,
+    quantised_layers,
+    weights_of,
+)
+from .comfy_speed import watch_runs
+from .comfy_table import (
+    LOOKED_UP,
+    WEIGHTS,
+    Tabled,
+    TabledPatcher,
+    forget_table,
+    looked_up,
+    weights_in_force,
+)
 
 WEIGHT_DTYPES = {
     "bf16": torch.bfloat16,
@@ -60,12 +78,20 @@ class TypedOps:
     embedding_dtype: torch.dtype = torch.float32  # token ids do not tell that of the computation
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(getattr(self.operations, name), dtype=self.dtype)
+        return partial(make_layer, getattr(self.operations, name), dtype=self.dtype)
 
     def Embedding(self, rows: int, width: int) -> Any:  # noqa: N802
         layer = self.operations.Embedding(rows, width, dtype=self.dtype)
         layer.forward = partial(layer.forward, out_dtype=self.embedding_dtype)
         return layer
+
+
+def make_layer(kind: Any, *sizes: int, **named: Any) -> Any:
+    """A layer of comfy.ops; its weights are at hand for the blocks' fast ways (models/fused.py)."""
+    layer = kind(*sizes, **named)
+    if kind in lending_layers():
+        layer.lend = lent
+    return layer
 
 
 # Weights
@@ -126,6 +152,7 @@ def read_weights(component: Component, dtype: torch.dtype, keep_scaled: bool) ->
     keep_scaled: scaled fp8 layers stay as they are, with the notes by which comfy.ops knows them.
     """
     stored = read_state_dict(component)
+    products = read_products(component) if keep_scaled else {}
     state: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         module, _, end = name.rpartition(".")
@@ -135,9 +162,12 @@ def read_weights(component: Component, dtype: torch.dtype, keep_scaled: bool) ->
         if scale is None:
             state[name] = tensor if name == "pos_embed" else tensor.to(dtype)
         elif keep_scaled and scale.numel() == 1 and tensor.ndim == 2:
-            note = json.dumps({"format": FP8_NOTES[tensor.dtype]})
+            product = products.get(module, Product())
+            note = json.dumps(product.note(FP8_NOTES[tensor.dtype]))
             state[name] = tensor
             state[f"{module}.weight_scale"] = scale.reshape(())
+            if product.input_scale is not None:
+                state[f"{module}.input_scale"] = product.input_scale
             state[f"{module}.comfy_quant"] = torch.tensor(list(note.encode()), dtype=torch.uint8)
         else:
             state[name] = cast(tensor, scale, dtype)
@@ -187,11 +217,7 @@ class ComfyMMDiT(MMDiT):
         ignored: what other models of ComfyUI are told as well.  Returns the velocity, like x.
         """
         options = transformer_options or {}
-        network, pooled = self, y
-        found = with_table(self, self.tabled, x, y, options)
-        if found is not None:
-            self.tabled, pooled = found
-            network = self.tabled.network_of(options.get(RUN))
+        network, pooled = options.get(LOOKED_UP) or (self, y)
         tokens = network.embed(x, timesteps, context, pooled)
         return network.unembed(run_patched(network, tokens, control or {}, options))
 
@@ -250,6 +276,14 @@ class SD3Model(comfy.model_base.SD3):
             unet_model=ComfyMMDiT,
         )
 
+    def get_dynamic_vram__units(self) -> tuple[list[Any], list[Any]]:
+        """What dynamic VRAM keeps on the card longest and shortest; the name is ComfyUI's.
+
+        By itself it ranks layers by size: the adaLN layers, the largest, would stay although a
+        table stands in for them, and others would be carried to the card in every step.
+        """
+        return [], tabled_layers(self.diffusion_model)
+
     def _apply_model(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Tensor,
@@ -260,8 +294,10 @@ class SD3Model(comfy.model_base.SD3):
         transformer_options: Mapping[str, Any] | None = None,
         **conditions: Any,
     ) -> Tensor:
-        """The network is told, too, which state of its weights is in force."""
+        """The network is given its modulations, where a table has them."""
         options = {**(transformer_options or {}), WEIGHTS: weights_in_force(self.current_patcher)}
+        dtype, pooled = inference_dtype(self), conditions.get("y")
+        options[LOOKED_UP] = looked_up(self, x, t, pooled, dtype, options)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **conditions)
 
 

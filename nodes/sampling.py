@@ -38,7 +38,7 @@ from ..sd3_core.schedule import (
 )
 from ._compat import advanced, fix_empty_latent, inference_dtype, intermediate_dtype, schema
 from .comfy_model import AUTO
-from .comfy_speed import last_run, watch_runs
+from .comfy_speed import last_run, level_in, watch_runs
 from .errors import coded
 from .progress import Callback, Meter, check_finite, step_reporter
 from .wires import (
@@ -182,7 +182,7 @@ class SD3Guider(comfy.samplers.CFGGuider):
         seed: int | None = None,
     ) -> Tensor:
         """x: [B, C, H, W]; timestep: sigma [B].  Returns x0, whatever ComfyUI calls it."""
-        level = float(timestep[0])
+        level = level_in(model_options, timestep)
         options = dict(model_options or {})
         if self.skip is not None and self.skip.active(level):
             after = options.get("sampler_post_cfg_function", [])

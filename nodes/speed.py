@@ -229,8 +229,8 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
         yield f"{share}, anew in every step: {plan['without_table']}."
     else:
         pages = plan["pages_weights"]
-        leaves = "ComfyUI pages them out" if pages else "they are the first to make room"
-        yield f"{share}, once before a run; then {leaves}."
+        paged = " with dynamic VRAM from ComfyUI 0.33 on" if pages else ""
+        yield f"{share}, once before a run; then they are the first to make room{paged}."
         yield (
             f"Modulation table: {plan['table_mib']} MiB for this run's steps and two prompts; "
             f"{plan['rows_held']} rows held. So far {plan['calls']} calls of the network took "

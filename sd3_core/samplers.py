@@ -64,7 +64,7 @@ def euler(
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         v = at_level(velocity, x, sigma)
         x0 = x - sigma * v
-        report(on_step, index, sigmas, x, x0)
+        report(on_step, index, sigmas, sigma, x, x0)
         x = x + (sigma_next - sigma) * v
     return x
 
@@ -87,7 +87,7 @@ def euler_ancestral(
     fresh = fresh or FreshNoise([0])
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         x0 = x - sigma * at_level(velocity, x, sigma)
-        report(on_step, index, sigmas, x, x0)
+        report(on_step, index, sigmas, sigma, x, x0)
         below = sigma_next**2 / sigma
         x = x0 + (x - x0) * (below / sigma)
         if 0 < sigma_next < 1:
@@ -114,7 +114,7 @@ def heun(
         x0 = x - sigma * v
         if sigma_next > 0:
             v = (v + at_level(velocity, x + (sigma_next - sigma) * v, sigma_next)) / 2
-        report(on_step, index, sigmas, x, x0)
+        report(on_step, index, sigmas, sigma, x, x0)
         x = x + (sigma_next - sigma) * v
     return x
 
@@ -143,7 +143,7 @@ def dpmpp_2m(
         # a length of 0: a schedule of more than 1000 steps repeats levels of its table
         if previous_x0 is not None and previous_length > 0 and sigma_next > 0:
             target = x0 + (x0 - previous_x0) * (length / (2 * previous_length))
-        report(on_step, index, sigmas, x, x0)
+        report(on_step, index, sigmas, sigma, x, x0)
         x = target + (x - target) * (sigma_next / sigma)
         previous_x0, previous_length = x0, length
     return x
@@ -174,6 +174,8 @@ def on_host(sigma: Tensor) -> Tensor:
     return sigma if level is None else torch.full(sigma.shape, level)
 
 
-def report(on_step: OnStep | None, index: int, sigmas: Tensor, x: Tensor, x0: Tensor) -> None:
+def report(
+    on_step: OnStep | None, index: int, sigmas: Tensor, sigma: float, x: Tensor, x0: Tensor
+) -> None:
     if on_step is not None:
-        on_step(Step(index, len(sigmas) - 1, float(sigmas[index]), x, x0))
+        on_step(Step(index, len(sigmas) - 1, sigma, x, x0))

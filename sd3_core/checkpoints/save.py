@@ -18,6 +18,7 @@ from ..plain_text import as_json, printable
 from .header import DTYPE_NAMES
 from .layouts import COMPONENTS, PREFIXES, Component
 from .load import read_state_dict
+from .products import Product, read_products
 
 ALIGNMENT = 64  # bytes; where the tensors begin, so that mapped weights suit wide vector loads
 FP8_FORMATS = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
@@ -62,8 +63,10 @@ def export_checkpoint(
     for kind, part in parts.items():
         if kind not in COMPONENTS:
             raise ValueError(f"unknown network {kind!r}; choose from {', '.join(COMPONENTS)}")
-        state = read_state_dict(part) if isinstance(part, Component) else _state_of(part)
-        for name, tensor in (state | _quantisation(state)).items():
+        stored = isinstance(part, Component)
+        state = read_state_dict(part) if stored else _state_of(part)
+        products = read_products(part) if stored else {}
+        for name, tensor in (state | _quantisation(state, products)).items():
             tensors[PREFIXES[kind] + name] = tensor
     return save_tensors(path, tensors, metadata)
 
@@ -77,13 +80,18 @@ def _state_of(network: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _quantisation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For each scaled fp8 weight the note by which ComfyUI knows it."""
+def _quantisation(
+    state: Mapping[str, Tensor], products: Mapping[str, Product]
+) -> dict[str, Tensor]:
+    """For each scaled fp8 weight the note by which ComfyUI knows it, and its input's scale."""
     notes: dict[str, Tensor] = {}
     for name in state:
         module, _, end = name.rpartition(".")
         if end == "weight_scale":
-            note = json.dumps({"format": FP8_FORMATS[state[f"{module}.weight"].dtype]})
+            product = products.get(module, Product())
+            note = json.dumps(product.note(FP8_FORMATS[state[f"{module}.weight"].dtype]))
+            if product.input_scale is not None:
+                notes[f"{module}.input_scale"] = product.input_scale
             notes[f"{module}.comfy_quant"] = torch.tensor(list(note.encode()), dtype=torch.uint8)
     return notes
 

@@ -7,6 +7,7 @@ is changed.
 
 import functools
 import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -21,6 +22,7 @@ FEW = 4  # products that are written to their places one by one; more would be s
 SAME = 1e-4  # how far a kernel may lie from the plain way in float32, values being about one
 
 Pair = tuple[Tensor, Tensor]  # (shift, scale), each [B, 1, D]
+Weights = tuple[Tensor, Tensor | None]  # a layer's weight and bias
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -64,7 +66,7 @@ def joint_heads(
     norms = (text.ln_q, text.ln_k, image.ln_q, image.ln_k)
     if not isinstance(image.ln_q, nn.Identity):
         if all(serves(norm, x) for norm in norms):
-            weights = torch.cat([norm.weight for norm in norms])
+            weights = torch.cat([own_weight(norm, x) for norm in norms])
             kernels().norm_heads(heads, weights, texts, image.ln_q.eps)
         else:
             for norm, part, own in zip(norms, (0, 1, 0, 1), (0, 0, 1, 1), strict=True):
@@ -79,20 +81,44 @@ def write_linear(layer: Any, x: Tensor, out: Tensor) -> None:
     if not (writes_itself(layer, x) and len(x) <= FEW):
         out.copy_(layer(x))
         return
-    for tokens, place in zip(x, out, strict=True):  # a sample's rows lie side by side in `out`
-        torch.addmm(layer.bias, tokens, layer.weight.t(), out=place)
+    with lent(layer, x) as (weight, bias):
+        assert bias is not None
+        for tokens, place in zip(x, out, strict=True):  # a sample's rows lie side by side in `out`
+            torch.addmm(bias, tokens, weight.t(), out=place)
 
 
 def writes_itself(layer: Any, x: Tensor) -> bool:
     """Whether the layer is but a product whose output may be given a place."""
-    return (
-        x.device.type == "cuda"
-        and type(layer) in (nn.Linear, Linear)
-        and layer.bias is not None
-        and not hooked(layer)
-        and layer.weight.device == x.device
-        and layer.weight.dtype == layer.bias.dtype == x.dtype
+    linear = isinstance(layer, nn.Linear) and layer.bias is not None
+    return x.device.type == "cuda" and linear and lends(layer, x)
+
+
+def own_weight(norm: Any, x: Tensor) -> Tensor:
+    """The weight of a norm that lends it; what is lent but for a time is copied."""
+    with lent(norm, x) as (weight, _):
+        return weight if weight is norm.weight else weight.clone()
+
+
+def lends(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer is but its weights, and gives them out in the device and dtype of x.
+
+    torch's own layers are where theirs lie right; another program's, which may keep them elsewhere
+    or patch them, says so by a function `lend(layer, x)` that it has, a context as `lent` gives.
+    """
+    if hooked(layer):
+        return False
+    if "lend" in vars(layer):
+        return True
+    return type(layer) in (nn.Linear, Linear, nn.RMSNorm) and all(
+        (own.device, own.dtype) == (x.device, x.dtype) for own in layer.parameters(recurse=False)
     )
+
+
+def lent(layer: Any, x: Tensor) -> AbstractContextManager[Weights]:
+    """Weight and bias of a layer that lends them, right for x until the context ends."""
+    if "lend" in vars(layer):
+        return layer.lend(layer, x)
+    return nullcontext((layer.weight, getattr(layer, "bias", None)))
 
 
 def hooked(layer: nn.Module) -> bool:
@@ -109,7 +135,7 @@ def serves(norm: Any, x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not hooked(norm)
-        and (is_bare(norm) or (type(norm) is nn.RMSNorm and norm.weight.dtype == x.dtype))
+        and (is_bare(norm) or (isinstance(norm, nn.RMSNorm) and lends(norm, x)))
         and not why_not(x.device)
     )
 

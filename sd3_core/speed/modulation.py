@@ -41,6 +41,11 @@ def is_seldom_used(name: str) -> bool:
     return is_tabled(name) or name == "pos_embed"
 
 
+def tabled_layers(model: MMDiT) -> list[nn.Module]:
+    """The layers that a table stands in for, which hold what `is_tabled` names."""
+    return [model.t_embedder, model.y_embedder, *(layer for _, layer in modulators(model))]
+
+
 def modulators(model: nn.Module) -> Iterator[tuple[str, nn.Sequential]]:
     """Every adaLN of a network, with its path."""
     for path, layer in model.named_modules():

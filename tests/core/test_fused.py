@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -143,6 +144,39 @@ def test_only_plain_linear_layers_are_given_a_place():
         pass
 
     assert not fused.writes_itself(Layer(4, 4), There())
+    assert not fused.writes_itself(nn.Linear(4, 4), There())  # its weights are elsewhere
+    lending = Layer(4, 4)
+    lending.lend = there_lent
+    assert fused.writes_itself(lending, There())
+    lending.register_forward_hook(lambda *_: None)
+    assert not fused.writes_itself(lending, There())
+
+
+def there_lent(layer, x):
+    return nullcontext((layer.weight * 2, layer.bias))
+
+
+@torch.no_grad()
+def test_weights_that_are_lent_are_those_that_count(monkeypatch):
+    """A layer of another program's, whose weights are not what it computes with."""
+    monkeypatch.setattr(fused, "writes_itself", fused.lends)
+    x, out = torch.randn(2, 3, 4), torch.empty(2, 3, 8)
+    layer, norm = nn.Linear(4, 8), nn.RMSNorm(4)
+    fused.write_linear(layer, x, out)
+    assert_close(out, layer(x))
+    layer.lend = norm.lend = there_lent
+    fused.write_linear(layer, x, out)
+    assert_close(out, x @ layer.weight.t() * 2 + layer.bias)
+    norm.bias = None
+    assert torch.equal(fused.own_weight(norm, x), norm.weight * 2)
+
+
+def test_a_layer_of_torchs_lends_where_its_weights_lie_right():
+    x = torch.zeros(1)
+    assert fused.lends(nn.RMSNorm(64), x)
+    assert not fused.lends(nn.RMSNorm(64, dtype=torch.bfloat16), x)
+    assert not fused.lends(nn.RMSNorm(64, device="meta"), x)
+    assert not fused.lends(nn.LayerNorm(64), x)
 
 
 def test_kernels_are_for_cuda_without_gradients_and_hooks(monkeypatch):
@@ -154,8 +188,10 @@ def test_kernels_are_for_cuda_without_gradients_and_hooks(monkeypatch):
     assert not fused.serves(norm, There())  # gradients are on
     with torch.no_grad():
         assert fused.serves(norm, There())
-        assert fused.serves(nn.RMSNorm(64, eps=1e-6), There())
-        assert not fused.serves(nn.RMSNorm(64, eps=1e-6, dtype=torch.bfloat16), There())
+        heads = nn.RMSNorm(64, eps=1e-6)
+        assert not fused.serves(heads, There())  # its weight is on the CPU
+        heads.lend = there_lent
+        assert fused.serves(heads, There())
         assert not fused.serves(nn.LayerNorm(4), There())  # it has weights
         assert not fused.serves(nn.Identity(), There())
         norm.register_forward_hook(lambda *_: None)
