@@ -100,7 +100,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--negative", default="", metavar="TEXT", help="what not to draw")
     add("--prompt-clip-g", metavar="TEXT", help="another prompt for CLIP-G")
     add("--prompt-t5", metavar="TEXT", help="another prompt for T5")
-    add("--width", type=int, help="pixels; default: the model's own size")
+    add("--width", type=int, help="pixels; default: those of --init, or the model's own")
     add("--height", type=int)
     add("--batch", type=int, default=1, help="pictures at once")
     add("--seed", type=int, help="default: drawn by chance, and stored in the picture")

@@ -204,7 +204,7 @@ def start_latents(plan: Plan) -> Tensor:
     """The picture to start from, [B, C, H/8, W/8] in model space; zeros for text-to-image."""
     if plan.settings.init is None:
         return torch.zeros(plan.latent_shape, device=plan.device)
-    image = read_image(plan.settings.init, plan.width, plan.height)
+    image = read_image(plan.settings.init, plan.fit)
     vae = half_of_vae(plan, "encoder")
     mean = vae.encode(image.to(plan.device, plan.wide_dtype)).mean.float()
     check_finite(mean, "the VAE's encoder", plan.wide_dtype)
@@ -268,8 +268,8 @@ def sample_with(
     if cache is not None:
         velocity = cached(velocity, cache)
     start_noise = starting_noise(plan).to(plan.device)
-    if wanted.mask is not None:
-        mask = latent_mask(read_mask(wanted.mask, plan.width, plan.height), start)
+    if wanted.mask is not None and plan.fit is not None:
+        mask = latent_mask(read_mask(wanted.mask, plan.fit), start)
         velocity = inpaint(velocity, start, start_noise, mask)
     x = add_noise(start, start_noise, plan.sigmas[:1])
     fresh = FreshNoise(seeds_of(plan))
@@ -362,10 +362,10 @@ def decode(plan: Plan, x0: Tensor) -> Tensor:
 
 def keep_masked(pixels: Tensor, plan: Plan) -> Tensor:
     """uint8 [B, H, W, 3] with the picture's own pixels where the mask keeps them."""
-    if plan.settings.init is None or plan.settings.mask is None:
+    if plan.settings.init is None or plan.settings.mask is None or plan.fit is None:
         return pixels
-    original = to_levels(read_image(plan.settings.init, plan.width, plan.height))
-    mask = read_mask(plan.settings.mask, plan.width, plan.height)[..., None]
+    original = to_levels(read_image(plan.settings.init, plan.fit))
+    mask = read_mask(plan.settings.mask, plan.fit)[..., None]
     return (pixels * mask + original * (1 - mask)).round().to(torch.uint8)
 
 
