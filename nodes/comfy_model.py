@@ -24,12 +24,12 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
+from ..sd3_core.checkpoints.family import model_preset
 from ..sd3_core.checkpoints.layouts import Component
 from ..sd3_core.checkpoints.load import CONVERTED_AT_MOST, read_config, read_state_dict
 from ..sd3_core.models.cast import cast
 from ..sd3_core.models.mmdit import MMDiT, MMDiTConfig, Tokens
 from ..sd3_core.models.vae import VAE, VAEConfig
-from ..sd3_core.settings import model_preset
 from ..sd3_core.speed import stripes
 from ._compat import archive_dtypes, make_patcher, quantised_layers, weights_of
 from .comfy_speed import RUN, watch_runs

@@ -418,9 +418,14 @@ def run_export(options: argparse.Namespace) -> int:
     parts = find_networks(files)
     if not parts:
         raise ValueError("nothing to write: name the networks, e.g. --checkpoint FOLDER.")
+    from .checkpoints.family import told_to_a_single_file
+    from .checkpoints.load import read_config
     from .generate import stored_tokenizers
+    from .models.mmdit import MMDiTConfig
 
-    metadata = parts["mmdit"].metadata if "mmdit" in parts else {}
+    metadata: dict[str, str] = {}
+    if "mmdit" in parts and isinstance(config := read_config(parts["mmdit"]), MMDiTConfig):
+        metadata = told_to_a_single_file(parts["mmdit"], config, options.output.name)
     path = export_checkpoint(options.output, parts, metadata, stored_tokenizers(files))
     print(f"{path}: {', '.join(parts)}")
     return 0

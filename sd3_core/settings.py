@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .checkpoints.family import model_preset
 from .checkpoints.layouts import SUPPLIERS, TITLES, Component, find_components
 from .checkpoints.load import component_of, read_config
 from .checkpoints.lora_files import LoRAFile, read_lora
@@ -19,7 +20,7 @@ from .models.mmdit import MMDiTConfig
 from .models.vae import VAEConfig
 from .pictures import picture_size
 from .precision import pick_device, pick_dtype, wide_dtype
-from .presets import Preset, preset_for
+from .presets import Preset
 from .samplers import SAMPLERS
 from .schedule import Schedule, Window, auto_shift
 from .sizes import Fit, Sides
@@ -256,20 +257,6 @@ def check_lora(path: Path, lora: LoRAFile, parts: Mapping[str, Component], use: 
             check_fit(lora.parts[kind], parts[kind].shapes)
         except CheckpointError as error:
             raise CheckpointError(f"{path.name}: {error}") from error
-
-
-def model_preset(mmdit: Component, config: MMDiTConfig) -> Preset:
-    """The family's preset, with the two numbers that a small model carries in its metadata."""
-    preset = preset_for(config, [mmdit.file.name, *mmdit.metadata.values()])
-    own: dict[str, Any] = {}
-    try:
-        if text := mmdit.metadata.get("sd3_workbench.shift"):
-            own["shift"] = float(text)
-        if text := mmdit.metadata.get("sd3_workbench.native_pixels"):
-            own["native_pixels"] = int(text)
-    except ValueError as error:
-        raise CheckpointError(f"{mmdit.file.name}: its metadata is damaged: {error}.") from error
-    return replace(preset, **own)
 
 
 def drawn_size(settings: Settings, sides: Sides) -> tuple[int, int, Fit | None]:

@@ -5,12 +5,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.family import model_family, model_preset
 from ..checkpoints.layouts import Component, find_components
 from ..checkpoints.load import component_of, read_config
 from ..models.mmdit import MMDiTConfig
-from ..presets import PRESETS, Preset, family
+from ..presets import PRESETS, Preset
 from ..schedule import Schedule, Window
-from ..settings import FLAGS, check_sizes, model_preset, settled_shift
+from ..settings import FLAGS, check_sizes, settled_shift
 from ..text.encoders import ENCODERS
 from .config import TrainConfig
 from .dataset import Dataset, read_dataset
@@ -55,8 +56,7 @@ def find_subject(config: TrainConfig, poll: Poll = never) -> Subject:
     else:
         check_sizes(parts, sizes)
         preset = model_preset(parts["mmdit"], sizes["mmdit"])
-        hints = [parts["mmdit"].file.name, *parts["mmdit"].metadata.values()]
-        kind = family(sizes["mmdit"], hints)
+        kind = model_family(parts["mmdit"], sizes["mmdit"])
     check_encoders(config, parts)
     check_blocks(config, sizes["mmdit"])
     resolution = config.resolution or int(preset.native_pixels**0.5)
@@ -197,7 +197,7 @@ def patch_pixels(subject: Subject) -> int:
 
 
 def small_model(subject: Subject) -> dict[str, str]:
-    """What a model of no released family tells of itself; see settings.model_preset."""
+    """What a model of no released family tells of itself; see checkpoints/family.py."""
     return {
         "sd3_workbench.shift": str(subject.schedule.shift),
         "sd3_workbench.native_pixels": str(subject.resolution**2),
