@@ -23,7 +23,7 @@ from comfy_api.latest import io
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..sd3_core.guidance import SkipLayers, check_layers, skip_layer_guidance
+from ..sd3_core.guidance import SkipLayers, check_layers, note_on_cfg, skip_layer_guidance
 from ..sd3_core.noise import FreshNoise, noise
 from ..sd3_core.presets import MEGAPIXEL
 from ..sd3_core.samplers import SAMPLERS, Fresh
@@ -371,7 +371,7 @@ class SD3Sample(io.ComfyNode):
             "dtype": str(run.dtype).removeprefix("torch."),
             "files": origin_of(model).files,
             "loras": list(origin_of(model).loras),
-            "notes": list(run.notes),
+            "notes": list(filter(None, [*run.notes, note_on_cfg(cfg)])),
             **speed_report(run.guider.model_patcher),  # with hooks another than run.model
             **meter.reading(),
         }
@@ -397,7 +397,7 @@ def cfg_input() -> Any:
         max=100.0,
         step=0.1,
         tooltip="How strongly the prompt counts. 1 leaves the negative prompt out and halves the "
-        "time; Turbo models take 1.",
+        "time; Turbo models take 1. At 0 the negative prompt alone is drawn.",
     )
 
 

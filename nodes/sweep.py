@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sd3_core.checkpoints.header import read_header
+from ..sd3_core.guidance import note_on_cfg
 from ..sd3_core.measures import Trail
 from ..sd3_core.noise import noise
 from ..sd3_core.schedule import Schedule
@@ -122,7 +123,9 @@ class SD3Sweep(io.ComfyNode):
                         "With a batch each cell is measured over several pictures.",
                     ),
                     prompt_input("prompt", "What the pictures show."),
-                    prompt_input("negative", "What to steer away from; counts only at cfg > 1."),
+                    prompt_input(
+                        "negative", "What to steer away from; at cfg 1 it does not count."
+                    ),
                     *axis_inputs(),
                     seed_input(),
                     steps_input(),
@@ -243,7 +246,7 @@ class SD3Sweep(io.ComfyNode):
             **described(layout, base, table),
             "files": origin_of(model).files,
             "loras": list(origin_of(model).loras),
-            "notes": list(notes),
+            "notes": [*notes, *filter(None, map(note_on_cfg, layout.values_of("cfg") or [cfg]))],
             "seconds": meter.reading()["seconds"],
             "peak_memory_mib": max(one.run.peak_memory_mib or 0 for one in drawn) or None,
         }

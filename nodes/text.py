@@ -263,7 +263,9 @@ class SD3EncodePrompt(io.ComfyNode):
                 "inputs": [
                     io.Clip.Input("clip", tooltip="The text encoders: ours, or ComfyUI's for SD3."),
                     prompt_input("prompt", "What the picture shows, for all three encoders."),
-                    prompt_input("negative", "What to steer away from; counts only at cfg > 1."),
+                    prompt_input(
+                        "negative", "What to steer away from; at cfg 1 it does not count."
+                    ),
                     *advanced(
                         [
                             prompt_input(

@@ -110,7 +110,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--denoise", type=float, default=1.0, help="how much of --init is redrawn, 0 to 1")
     add = command.add_argument_group("sampling", "defaults: the model's preset").add_argument
     add("--steps", type=int)
-    add("--cfg", type=float, help="guidance scale; 1 turns guidance off")
+    add("--cfg", type=float, help="guidance scale; 1 turns guidance off, 0 the prompt")
     add("--cfg-start", type=float, default=0.0, help="guide from this part of the run, 0 to 1")
     add("--cfg-end", type=float, default=1.0)
     add("--shift", help="a number, or auto: the model's own, scaled to the picture's size")

@@ -14,7 +14,7 @@ from .checkpoints.layouts import SUPPLIERS, TITLES, Component, find_components
 from .checkpoints.load import component_of, read_config
 from .checkpoints.lora_files import LoRAFile, read_lora
 from .errors import CheckpointError
-from .guidance import SkipLayers, check_layers
+from .guidance import SkipLayers, check_layers, note_on_cfg
 from .lora import check_fit
 from .models.mmdit import MMDiTConfig
 from .models.vae import VAEConfig
@@ -145,6 +145,9 @@ def make_plan(files: Files, settings: Settings) -> Plan:
             _number("skip_start", settings.skip_start), _number("skip_end", settings.skip_end)
         ),
     )
+    cfg = _number("cfg", settings.cfg)
+    if note := note_on_cfg(cfg):
+        warnings.warn(note, stacklevel=2)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     if settings.fp8:
@@ -165,7 +168,7 @@ def make_plan(files: Files, settings: Settings) -> Plan:
         schedule=schedule,
         sigmas=schedule.sigmas(settings.steps or 0, settings.scheduler or "", settings.denoise),
         sampler=settings.sampler or "",
-        cfg=_number("cfg", settings.cfg),
+        cfg=cfg,
         cfg_window=schedule.window(settings.cfg_start, settings.cfg_end),
         skip=skip if settings.skip_scale else None,
         device=device,

@@ -240,6 +240,12 @@ def test_a_picture_of_a_batch_can_have_a_seed_of_its_own(files):
     same_picture(batch.pixels[1:], alone.pixels)
 
 
+def test_a_cfg_of_0_draws_the_negative_prompt_and_says_so(files):
+    result = generate(files, replace(QUICK, cfg=0.0, negative="a dog"))
+    same_picture(result.pixels, generate(files, replace(QUICK, prompt="a dog", cfg=1.0)).pixels)
+    assert sum("the prompt does not count" in note for note in result.notes) == 1
+
+
 def test_skip_layer_guidance_brings_its_own_cfg():
     """SD3.5 Medium: 4.5, and 4.0 beside skip-layer guidance."""
     preset = PRESETS["sd3.5_medium"]
