@@ -20,6 +20,7 @@ from ..sd3_core.speed.modulation import ModulationTable, TabledMMDiT, is_tabled,
 from ._compat import weights_of
 
 WEIGHTS = "sd3_weights"  # in transformer_options: weights_in_force
+LEVELS = "sd3_levels"  # there, too, for a run in parts: the noise levels of all of them
 
 
 def weights_in_force(patcher: Any) -> Any:
@@ -96,6 +97,7 @@ def with_table(
     known: that of the last call.
     """
     weights, sigmas, uuids = (options.get(key) for key in (WEIGHTS, "sample_sigmas", "uuids"))
+    sigmas = options.get(LEVELS, sigmas)
     if weights is None or sigmas is None or not uuids or torch.is_grad_enabled():
         return None
     state = (weights, x.device, x.dtype)

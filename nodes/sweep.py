@@ -28,6 +28,7 @@ from ._compat import advanced, schema
 from .errors import NodeError, coded
 from .latents import check_vae
 from .lora import has_lora, with_lora_strength
+from .passage import Passage, walk
 from .progress import Callback, Meter, check_finite
 from .sampling import (
     MOST_SKIP_SCALE,
@@ -44,7 +45,6 @@ from .sampling import (
     seed_input,
     skip_and_window_inputs,
     steps_input,
-    walk,
 )
 from .text import Shape, check_clip, look_up_or_encode, present, prompt_input, tokenize
 from .wires import (
@@ -435,7 +435,7 @@ class Watched:
 
             levels = sigmas if self.steps is None else sigmas[: self.steps + 1]
             meter = Meter(self.device)
-            x0 = walk(name, dtype, model, x, levels, extra_args, keep, disable)
+            x0 = walk(Passage(name), dtype, model, x, levels, extra_args, keep, disable)
             self.spent = meter.spent()
             self.trail.end(x0)
             return x0
