@@ -241,6 +241,7 @@ class SD3Sweep(io.ComfyNode):
         pictures = [decode(vae, one.x0) for one in drawn]
         levels = [(one.clamp(0, 1) * 255).to(torch.uint8).cpu() for one in pictures]
         known, notes = judged(metadata_of(model), prompt)
+        notes = (*notes, *sweep.notes)
         table = make_table(layout, [one.run for one in drawn], levels, known)
         contents = {
             **described(layout, base, table),
@@ -348,6 +349,7 @@ class Sweep:
                 for text in (prompt, negative)
             ]
             cache = users_cache()
+        self.notes = tuple(dict.fromkeys(note for one in words for note in one.notes))
         encoded: dict[Any, Prompts] = {}
         found = {}
         for number, setting in self.settings.items():

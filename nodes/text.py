@@ -19,6 +19,7 @@ from ..sd3_core.speed.prompts import PromptCache, users_cache
 from ..sd3_core.text.encoders import ENCODERS, TITLES
 from ._compat import advanced, schema
 from .comfy_text import KEYS, MODULES, RELEASED_CONTEXT, RELEASED_POOLED, SD3TextModel
+from .embeddings import Reader, notes_on_embeddings
 from .errors import NodeError, coded
 from .wires import CATEGORY, origin_of, report
 
@@ -89,12 +90,21 @@ def tokenize(clip: Any, texts: Mapping[str, str], least: int) -> Words:
     windows = max(len(rows["clip_l"]), len(rows["clip_g"]))
     for kind in ("clip_l", "clip_g"):
         rows[kind] += read[""][KEYS[kind]] * (windows - len(rows[kind]))
-    real = {kind: sum(entry[2] > 0 for row in rows[kind] for entry in row) for kind in ENCODERS}
+    readers = {kind: Reader(kind, getattr(clip.tokenizer, MODULES[kind])) for kind in ENCODERS}
+    real = {
+        kind: sum(
+            entry[2] > 0 and readers[kind].fits(entry[0]) for row in rows[kind] for entry in row
+        )
+        for kind in ENCODERS
+    }
     length = sum(len(row) for row in rows["t5"])
     return Words(
         tokens={key: [[entry[:2] for entry in row] for row in rows[k]] for k, key in KEYS.items()},
         counts={**real, "clip_windows": windows, "t5_length": length},
-        notes=tuple(notes_on_length(clip, real, windows, length, least, shape.window)),
+        notes=(
+            *notes_on_length(clip, real, windows, length, least, shape.window),
+            *notes_on_embeddings((readers[kind] for kind in present(clip)), texts),
+        ),
     )
 
 

@@ -132,6 +132,40 @@ def test_an_embedding_takes_its_words_place(models, our_clip, native):
     assert (ours[0][0] - plain[0][0]).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("make", ["ours", "theirs"])
+def test_an_embedding_that_not_every_encoder_reads_is_told(models, our_clip, native, make):
+    """And counted where it is read alone."""
+    from safetensors.torch import save_file
+
+    folder = models / "embeddings"
+    save_file({"clip_g": torch.ones(3, 1280)}, folder / "only_g.safetensors")
+    save_file({"emb_params": torch.ones(2, 1024)}, folder / "other.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"none")
+    clip = our_clip if make == "ours" else native()
+
+    def told(prompt):
+        (report,) = SD3EncodePrompt.execute(clip, prompt, "").ui["sd3_report"]
+        counts = report["positive"]["tokens"]
+        return report["positive"]["notes"], [counts[kind] for kind in ENCODERS]
+
+    assert told("a circle") == ([], [2, 2, 2])
+    notes, counts = told("a embedding:only_g, circle")
+    assert notes == [
+        "embedding:only_g has no vectors for CLIP-L and T5, which read the prompt without it."
+    ]
+    comma = [count - 2 for count in told("a , circle")[1]]
+    assert counts == [2 + comma[0], 5 + comma[1], 2 + comma[2]]
+    notes, counts = told("a (embedding:gone:1.2) circle")
+    assert len(notes) == 1
+    assert notes[0].startswith("embedding:gone is not in models/embeddings")
+    assert counts == [2, 2, 2]
+    notes, counts = told("a embedding:other circle")
+    assert len(notes) == 1
+    assert "vectors 1024 wide, which no encoder here takes" in notes[0]
+    assert counts == [2, 2, 2]
+    assert told("embedding:broken")[0][0].startswith("embedding:broken is not in models/embeddings")
+
+
 def test_text_lora_keys_are_those_of_the_native_encoders(our_clip, native):
     ours = comfy.lora.model_lora_keys_clip(our_clip.cond_stage_model, {})
     theirs = comfy.lora.model_lora_keys_clip(native().cond_stage_model, {})
