@@ -40,7 +40,7 @@ from .speed.fp8 import in_float8
 from .speed.gains import Gain, asked, fused_kernels
 from .speed.modulation import PreparedMMDiT, is_seldom_used
 from .speed.step_cache import StepCache, cached, relative_rms
-from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
+from .text.encoders import ENCODERS, RELEASED_WINDOW, EncodedPrompt, TextEncoders
 from .text.vocabularies import find_tokenizers, pack_tokenizers
 
 FORMAT = 1  # of the record in a PNG; another number says that older programs cannot read it
@@ -156,7 +156,7 @@ def text_encoders(files: Files, plan: Plan, known: KnownPrompts | None = None) -
         clip_l=clip("clip_l"),
         clip_g=clip("clip_g"),
         t5=t5 if "t5" in parts else None,
-        window=plan.clip_window,
+        window=plan.clip_windows or RELEASED_WINDOW,
         known=None if changed else known,
         identity="" if changed or known is None else encoder_identity(plan),
     )

@@ -26,7 +26,7 @@ from .schedule import Schedule, Window, auto_shift
 from .sizes import Fit, Sides
 from .speed import fp8
 from .speed.step_cache import check_threshold
-from .text.encoders import ENCODERS, check_weights, least_length
+from .text.encoders import ENCODERS, RELEASED_WINDOW, check_weights, least_length
 from .text.prompt import parse_prompt
 
 FLAGS = {
@@ -38,7 +38,6 @@ FLAGS = {
 }
 LARGEST = 1e4  # of any number below: far beyond use, small enough not to overflow
 LONGEST_T5 = 4096  # rows to pad to: eight times what anyone trained with, small enough to compute
-RELEASED_WINDOW = 77  # of CLIP, where no CLIP is there to tell
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,7 @@ class Plan:
     settings: Settings  # no None in what the presets decide
     mmdit: MMDiTConfig
     vae: VAEConfig
-    clip_window: int  # tokens per pass of the CLIPs
+    clip_windows: dict[str, int]  # tokens per pass of each CLIP that is there
     width: int  # pixels
     height: int
     fit: Fit | None  # of `init`
@@ -158,9 +157,7 @@ def make_plan(files: Files, settings: Settings) -> Plan:
         settings=settings,
         mmdit=mmdit,
         vae=vae,
-        clip_window=next(
-            (sizes[kind].window for kind in ("clip_l", "clip_g") if kind in sizes), RELEASED_WINDOW
-        ),
+        clip_windows={kind: sizes[kind].window for kind in ("clip_l", "clip_g") if kind in sizes},
         width=width,
         height=height,
         fit=fit,
