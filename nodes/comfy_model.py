@@ -24,13 +24,13 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
+from ..sd3_core.checkpoints.family import model_preset
 from ..sd3_core.checkpoints.layouts import Component
 from ..sd3_core.checkpoints.load import CONVERTED_AT_MOST, read_config, read_state_dict
 from ..sd3_core.checkpoints.products import Product, read_products
 from ..sd3_core.models.cast import cast
 from ..sd3_core.models.mmdit import MMDiT, MMDiTConfig, Tokens
 from ..sd3_core.models.vae import VAE, VAEConfig
-from ..sd3_core.settings import model_preset
 from ..sd3_core.speed import stripes
 from ..sd3_core.speed.modulation import tabled_layers
 from ._compat import (

@@ -21,6 +21,7 @@ from ._compat import weights_of
 WEIGHTS = "sd3_weights"  # in transformer_options: weights_in_force
 RUN = "sd3_run"  # in transformer_options during a run: comfy_speed.Run
 LOOKED_UP = "sd3_looked_up"  # in transformer_options: the network to call, and rows of its table
+LEVELS = "sd3_levels"  # there, too, for a run in parts: the noise levels of all of them
 
 
 def weights_in_force(patcher: Any) -> Any:
@@ -114,6 +115,7 @@ def looked_up(
     model: a BaseModel.  x [B, C, H, W]; sigma [B]; pooled [B, Dp].  dtype: of the computation.
     """
     weights, sigmas, uuids = (options.get(key) for key in (WEIGHTS, "sample_sigmas", "uuids"))
+    whole = options.get(LEVELS)
     if weights is None or sigmas is None or not uuids or pooled is None or torch.is_grad_enabled():
         return None
     network = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)  # torch.compile's
@@ -126,7 +128,10 @@ def looked_up(
     def timesteps(levels: Tensor) -> list[float]:
         return model.model_sampling.timestep(levels).float().tolist()
 
-    steps = sigmas[:-1] if run is None else torch.tensor(run.levels.steps)
+    if whole is not None:
+        sigmas, steps = whole, whole[:-1]
+    else:
+        steps = sigmas[:-1] if run is None else torch.tensor(run.levels.steps)
     tabled.begin(sigmas, partial(timesteps, steps))
     tabled.calls += 1
     level = None if run is None else run.levels.believe(sigma)

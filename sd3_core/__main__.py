@@ -105,7 +105,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--negative", default="", metavar="TEXT", help="what not to draw")
     add("--prompt-clip-g", metavar="TEXT", help="another prompt for CLIP-G")
     add("--prompt-t5", metavar="TEXT", help="another prompt for T5")
-    add("--width", type=int, help="pixels; default: the model's own size")
+    add("--width", type=int, help="pixels; default: those of --init, or the model's own")
     add("--height", type=int)
     add("--batch", type=int, default=1, help="pictures at once")
     add("--seed", type=int, help="default: drawn by chance, and stored in the picture")
@@ -115,7 +115,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--denoise", type=float, default=1.0, help="how much of --init is redrawn, 0 to 1")
     add = command.add_argument_group("sampling", "defaults: the model's preset").add_argument
     add("--steps", type=int)
-    add("--cfg", type=float, help="guidance scale; 1 turns guidance off")
+    add("--cfg", type=float, help="guidance scale; 1 turns guidance off, 0 the prompt")
     add("--cfg-start", type=float, default=0.0, help="guide from this part of the run, 0 to 1")
     add("--cfg-end", type=float, default=1.0)
     add("--shift", help="a number, or auto: the model's own, scaled to the picture's size")
@@ -423,9 +423,14 @@ def run_export(options: argparse.Namespace) -> int:
     parts = find_networks(files)
     if not parts:
         raise ValueError("nothing to write: name the networks, e.g. --checkpoint FOLDER.")
+    from .checkpoints.family import told_to_a_single_file
+    from .checkpoints.load import read_config
     from .generate import stored_tokenizers
+    from .models.mmdit import MMDiTConfig
 
-    metadata = parts["mmdit"].metadata if "mmdit" in parts else {}
+    metadata: dict[str, str] = {}
+    if "mmdit" in parts and isinstance(config := read_config(parts["mmdit"]), MMDiTConfig):
+        metadata = told_to_a_single_file(parts["mmdit"], config, options.output.name)
     path = export_checkpoint(options.output, parts, metadata, stored_tokenizers(files))
     print(f"{path}: {', '.join(parts)}")
     return 0

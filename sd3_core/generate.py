@@ -41,7 +41,7 @@ from .speed.fp8 import in_float8
 from .speed.gains import Gain, asked, fused_kernels
 from .speed.modulation import PreparedMMDiT, is_seldom_used
 from .speed.step_cache import StepCache, cached, relative_rms
-from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
+from .text.encoders import ENCODERS, RELEASED_WINDOW, EncodedPrompt, TextEncoders
 from .text.vocabularies import find_tokenizers, pack_tokenizers
 
 FORMAT = 1  # of the record in a PNG; another number says that older programs cannot read it
@@ -157,7 +157,7 @@ def text_encoders(files: Files, plan: Plan, known: KnownPrompts | None = None) -
         clip_l=clip("clip_l"),
         clip_g=clip("clip_g"),
         t5=t5 if "t5" in parts else None,
-        window=plan.clip_window,
+        window=plan.clip_windows or RELEASED_WINDOW,
         known=None if changed else known,
         identity="" if changed or known is None else encoder_identity(plan),
     )
@@ -203,7 +203,7 @@ def start_latents(plan: Plan) -> Tensor:
     """The picture to start from, [B, C, H/8, W/8] in model space; zeros for text-to-image."""
     if plan.settings.init is None:
         return torch.zeros(plan.latent_shape, device=plan.device)
-    image = read_image(plan.settings.init, plan.width, plan.height)
+    image = read_image(plan.settings.init, plan.fit)
     vae = half_of_vae(plan, "encoder")
     mean = vae.encode(image.to(plan.device, plan.wide_dtype)).mean.float()
     check_finite(mean, "the VAE's encoder", plan.wide_dtype)
@@ -267,8 +267,8 @@ def sample_with(
     if cache is not None:
         velocity = cached(velocity, cache)
     start_noise = starting_noise(plan).to(plan.device)
-    if wanted.mask is not None:
-        mask = latent_mask(read_mask(wanted.mask, plan.width, plan.height), start)
+    if wanted.mask is not None and plan.fit is not None:
+        mask = latent_mask(read_mask(wanted.mask, plan.fit), start)
         velocity = inpaint(velocity, start, start_noise, mask)
     x = add_noise(start, start_noise, plan.sigmas[:1])
     fresh = FreshNoise(seeds_of(plan))
@@ -361,10 +361,10 @@ def decode(plan: Plan, x0: Tensor) -> Tensor:
 
 def keep_masked(pixels: Tensor, plan: Plan) -> Tensor:
     """uint8 [B, H, W, 3] with the picture's own pixels where the mask keeps them."""
-    if plan.settings.init is None or plan.settings.mask is None:
+    if plan.settings.init is None or plan.settings.mask is None or plan.fit is None:
         return pixels
-    original = to_levels(read_image(plan.settings.init, plan.width, plan.height))
-    mask = read_mask(plan.settings.mask, plan.width, plan.height)[..., None]
+    original = to_levels(read_image(plan.settings.init, plan.fit))
+    mask = read_mask(plan.settings.mask, plan.fit)[..., None]
     return (pixels * mask + original * (1 - mask)).round().to(torch.uint8)
 
 

@@ -1,12 +1,14 @@
 """Samplers: functions that walk a latent from noise to picture along the velocity.
 
-Every sampler is `sampler(velocity, x, sigmas, on_step, fresh) -> x0`:
+Every sampler is `sampler(velocity, x, sigmas, on_step, fresh, before) -> x0`:
     velocity  everything a sampler knows of a model, see guidance.py
     x         [B, C, H, W], the latent at noise level sigmas[0]
     sigmas    [n + 1], falling, see Schedule.sigmas
     on_step   called after each step with a `Step`; what it raises stops the run
     fresh     gives the noise that is added on the way: euler_ancestral alone asks for it, all take
               it, so that a caller need not know which one it has
+    before    the step that ended where this run begins, for a run that goes on: dpmpp_2m alone
+              looks back
 and returns the latent at sigmas[-1], which is x0 when the schedule ends at 0.  The state is float32
 whatever the network computes in, for small steps on a large latent vanish in half precision.
 No global random state, no gradient switches: both are the caller's.
@@ -49,6 +51,7 @@ class Sampler(Protocol):
         sigmas: Tensor,
         on_step: OnStep | None = None,
         fresh: Fresh | None = None,
+        before: Step | None = None,
     ) -> Tensor: ...
 
 
@@ -58,6 +61,7 @@ def euler(
     sigmas: Tensor,
     on_step: OnStep | None = None,
     fresh: Fresh | None = None,
+    before: Step | None = None,
 ) -> Tensor:
     """Straight on along the velocity, from level to level.  One evaluation a step."""
     x = x.float()
@@ -75,6 +79,7 @@ def euler_ancestral(
     sigmas: Tensor,
     on_step: OnStep | None = None,
     fresh: Fresh | None = None,
+    before: Step | None = None,
 ) -> Tensor:
     """Euler's step to below the next level, and fresh noise up to it.  One evaluation a step.
 
@@ -103,6 +108,7 @@ def heun(
     sigmas: Tensor,
     on_step: OnStep | None = None,
     fresh: Fresh | None = None,
+    before: Step | None = None,
 ) -> Tensor:
     """Along the mean of the velocities at both ends of the step.  Two evaluations a step.
 
@@ -125,17 +131,20 @@ def dpmpp_2m(
     sigmas: Tensor,
     on_step: OnStep | None = None,
     fresh: Fresh | None = None,
+    before: Step | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M): extrapolates x0 from its last two estimates.  One evaluation a step.
 
     Lu et al. 2022 (arXiv:2211.01095), algorithm 2.  Steps are measured in -log sigma, as in
     Stability's reference and ComfyUI, not in the paper's half log-SNR log((1 - sigma) / sigma):
     the first-order step is the same, and -log sigma is finite at sigma 1.
-    The first step and the one to 0 are first order.
+    The first step and the one to 0 are first order; the first one is not where a step went before.
     """
     x = x.float()
     levels = sigmas.tolist()
     previous_x0, previous_length = None, 0.0
+    if before is not None and 0 < levels[0] < before.sigma:
+        previous_x0, previous_length = before.x0.to(x), math.log(before.sigma / levels[0])
     for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
         x0 = x - sigma * at_level(velocity, x, sigma)
         length = math.log(sigma / sigma_next) if sigma_next > 0 else math.inf

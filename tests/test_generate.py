@@ -171,6 +171,34 @@ def test_a_mask_keeps_the_pictures_own_pixels(files, photo, left_half):
     assert not torch.equal(pixels[:, :24], original[:, :24])
 
 
+def test_a_picture_is_drawn_at_its_own_size_and_its_mask_follows_it(files, tmp_path):
+    """A mask of another aspect: a band from a quarter to three quarters of the height."""
+    levels = np.random.default_rng(0).integers(0, 256, (130, 67, 3)).astype(np.uint8)
+    Image.fromarray(levels).save(tmp_path / "tall.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 16, 64, 48))
+    mask.save(tmp_path / "mask.png")
+    wanted = replace(QUICK, init=tmp_path / "tall.png", mask=tmp_path / "mask.png")
+    result = generate(files, wanted)
+    assert result.pixels.shape == (1, 128, 64, 3)
+    assert (result.record["settings"]["width"], result.record["settings"]["height"]) == (64, 128)
+    assert "tall.png is 67 x 130 pixels: cut around its centre to 64 x 128." in result.notes
+    assert any(note.startswith("mask.png is 64 x 64 pixels") for note in result.notes)
+    original = torch.from_numpy(levels[1:129, 1:65])
+    changed = (result.pixels[0] != original).any(2).float().mean(1)
+    assert (changed[:30] == 0).all()
+    assert (changed[98:] == 0).all()
+    assert (changed[36:92] > 0.5).all()
+
+
+def test_a_size_that_cuts_the_picture_is_told(files, photo):
+    result = generate(files, replace(QUICK, init=photo, width=24, height=48))
+    told = "photo.png is 64 x 64 pixels: scaled to 24 x 48 and cut around its centre, 50% of it."
+    assert told in result.notes
+    as_it_is = generate(files, replace(QUICK, init=photo))
+    assert not any("photo.png" in note for note in as_it_is.notes)
+
+
 def networks(files):
     parts = make_plan(files, QUICK).parts
     return load_mmdit(parts["mmdit"]), load_vae(parts["vae"])
@@ -212,6 +240,12 @@ def test_a_picture_of_a_batch_can_have_a_seed_of_its_own(files):
     batch = generate(files, replace(QUICK, batch=2, seed_each=True))
     alone = generate(files, replace(QUICK, seed=8))
     same_picture(batch.pixels[1:], alone.pixels)
+
+
+def test_a_cfg_of_0_draws_the_negative_prompt_and_says_so(files):
+    result = generate(files, replace(QUICK, cfg=0.0, negative="a dog"))
+    same_picture(result.pixels, generate(files, replace(QUICK, prompt="a dog", cfg=1.0)).pixels)
+    assert sum("the prompt does not count" in note for note in result.notes) == 1
 
 
 def test_skip_layer_guidance_brings_its_own_cfg():

@@ -131,6 +131,21 @@ def test_a_picture_drawn_with_the_step_cache_tells_and_verifies(model, tmp_path,
     assert not (read_png(picture)[0] == read_png(tmp_path / "plain.png")[0]).all()
 
 
+def test_a_picture_with_its_mask_verifies_at_its_own_size(model, tmp_path, capsys):
+    levels = np.random.default_rng(0).integers(0, 256, (67, 45, 3)).astype(np.uint8)
+    Image.fromarray(levels).save(tmp_path / "photo.png")
+    Image.new("L", (30, 20), 255).save(tmp_path / "mask.png")
+    picture = tmp_path / "out.png"
+    files = ["--checkpoint", str(model), "-o", str(picture)]
+    start = ["--init", str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png")]
+    assert main(["generate", "a red circle", *files, *start, "--steps", "2"]) == 0
+    assert "note: photo.png is 45 x 67 pixels: cut around its centre to 40 x 64." in (
+        capsys.readouterr().out
+    )
+    assert Image.open(picture).size == (40, 64)
+    assert main(["verify", str(picture)]) == 0
+
+
 def test_a_picture_from_before_these_settings_verifies(drawn, tmp_path):
     pixels, record = read_png(drawn)
     older = {k: v for k, v in record["settings"].items() if k not in LATER_SETTINGS}

@@ -11,8 +11,9 @@ import torch
 from ..models.clip import CLIPConfig
 from ..models.mmdit import MMDiTConfig
 from ..models.vae import VAEConfig
-from ..presets import PRESETS, family
+from ..presets import PRESETS
 from . import lora_keys
+from .family import model_family, model_preset
 from .header import is_folder, read_header
 from .layouts import COMPONENTS, SUPPLIERS, Component, find_components
 from .load import Config, read_config
@@ -78,6 +79,7 @@ class Report:
     unused: tuple[str, ...]  # stored names that no computation needs
     lacks: dict[str, str]  # network -> files that would supply it
     metadata: dict[str, str]
+    preset: dict[str, float | str]  # what it is drawn with where nothing else is asked for
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -96,6 +98,9 @@ class Report:
                 lines.append(f"  {part.note}")
         if self.lora is not None:
             lines += _lora_lines(self.lora)
+        if self.preset:
+            told = ", ".join(f"{name} {value}" for name, value in self.preset.items())
+            lines.append(f"drawn by default with: {told}")
         if self.tokenizers:
             lines.append(f"tokenizers inside: {', '.join(self.tokenizers)}")
         if self.unused:
@@ -120,9 +125,10 @@ def inspect(path: str | Path) -> Report:
     found = find_components(path)
     sizes = {kind: read_config(component) for kind, component in found.items()}
     mmdit, denoiser = sizes.get("mmdit"), found.get("mmdit")
-    chosen = None
+    chosen, preset = None, {}
     if isinstance(mmdit, MMDiTConfig) and denoiser is not None:
-        chosen = family(mmdit, [path.name, *denoiser.metadata.values()])
+        chosen, suits = model_family(denoiser, mmdit), model_preset(denoiser, mmdit)
+        preset = {name: getattr(suits, name) for name in ("steps", "cfg", "sampler", "shift")}
     return Report(
         file=path.name,
         bytes=sum(file.stat().st_size for file in _files(found)),
@@ -134,6 +140,7 @@ def inspect(path: str | Path) -> Report:
         unused=_unused(found),
         lacks={kind: SUPPLIERS[kind] for kind in COMPONENTS if denoiser and kind not in found},
         metadata=_metadata(found),
+        preset=preset,
     )
 
 
@@ -178,6 +185,7 @@ def _inspect_lora(path: Path) -> Report | None:
         unused=(),
         lacks={},
         metadata=header.metadata,
+        preset={},
     )
 
 

@@ -14,6 +14,7 @@ from .subject import Subject, small_model
 ARCHITECTURES = {
     "sd3_medium": "stable-diffusion-v3-medium",
     "sd3.5_medium": "stable-diffusion-v3.5-medium",
+    "sd3.5_medium_turbo": "stable-diffusion-v3.5-medium",
     "sd3.5_large": "stable-diffusion-v3.5-large",
     "sd3.5_large_turbo": "stable-diffusion-v3.5-large-turbo",
 }

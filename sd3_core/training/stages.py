@@ -16,8 +16,8 @@ from ..checkpoints.stored import Part
 from ..generate import stored_files
 from ..models.vae import VAE, Posterior
 from ..precision import check_finite
-from ..settings import RELEASED_WINDOW, Files, check_sizes, find_parts
-from ..text.encoders import ENCODERS, TextEncoders
+from ..settings import Files, check_sizes, find_parts
+from ..text.encoders import ENCODERS, RELEASED_WINDOW, TextEncoders
 from ..text.prompt import parse_prompt
 from ..text.tokenizers import Tokenizer, clip_windows, t5_sequence
 from ..text.vocabularies import Tokenizers, find_tokenizers
@@ -60,14 +60,14 @@ def model_cache(
     check_sizes(parts, sizes)
     on = [name for name in ENCODERS if name in use and name in parts]
     clips = {name: sizes[name] for name in on if name != "t5"}
-    window = next((clip.window for clip in clips.values()), RELEASED_WINDOW)
+    window = min((clip.window for clip in clips.values()), default=RELEASED_WINDOW)
     layout = sd3_layout(
         clips,
         sizes["t5"] if "t5" in on else None,
         context_dim=sizes["mmdit"].context_dim,
         pooled_dim=sizes["mmdit"].pooled_dim,
         window=window,
-        t5_length=_rows_of_t5(t5_length, window),
+        t5_length=_rows_of_t5(t5_length, min(window, RELEASED_WINDOW)),
     )
     tokenizers = find_tokenizers(
         on,

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from .. import lora
+from ..checkpoints.family import model_family, model_preset
 from ..checkpoints.layouts import Component, find_components
 from ..checkpoints.load import component_of, read_config
 from ..models.mmdit import MMDiT, MMDiTConfig
-from ..presets import PRESETS, Preset, family
+from ..presets import PRESETS, Preset
 from ..schedule import Schedule, Window
-from ..settings import FLAGS, check_sizes, model_preset, settled_shift
+from ..settings import FLAGS, check_sizes, settled_shift
 from ..text.encoders import ENCODERS
 from .config import TrainConfig
 from .dataset import Dataset, Item, read_dataset
@@ -61,8 +62,7 @@ def find_subject(config: TrainConfig, poll: Poll = never) -> Subject:
     else:
         check_sizes(parts, sizes)
         preset = model_preset(parts["mmdit"], sizes["mmdit"])
-        hints = [parts["mmdit"].file.name, *parts["mmdit"].metadata.values()]
-        kind = family(sizes["mmdit"], hints)
+        kind = model_family(parts["mmdit"], sizes["mmdit"])
     check_encoders(config, parts)
     check_network(config, parts, sizes["mmdit"])
     resolution = config.resolution or int(preset.native_pixels**0.5)
@@ -274,7 +274,7 @@ def patch_pixels(subject: Subject) -> int:
 
 
 def small_model(subject: Subject) -> dict[str, str]:
-    """What a model of no released family tells of itself; see settings.model_preset."""
+    """What a model of no released family tells of itself; see checkpoints/family.py."""
     return {
         "sd3_workbench.shift": str(subject.schedule.shift),
         "sd3_workbench.native_pixels": str(subject.resolution**2),

@@ -116,6 +116,27 @@ def test_a_mask_is_cropped_as_the_picture_is():
     assert fitted_mask(torch.ones(2, 8, 8), 64, 48).shape == (2, 1, 64, 48)
 
 
+def test_what_is_cut_or_stretched_is_told(our_vae):
+    (told,) = SD3VAEEncode.execute(torch.rand(1, 67, 40, 3), our_vae, torch.ones(1, 9, 9)).ui[
+        "sd3_report"
+    ]
+    assert (told["width"], told["height"], told["latent"]) == (40, 64, [1, 16, 8, 5])
+    assert told["notes"] == [
+        "The picture is 40 x 67 pixels: cut around its centre to 40 x 64.",
+        "The mask is 9 x 9 pixels, its picture 40 x 67: the mask is stretched over the whole "
+        "picture.",
+    ]
+    (told,) = SD3VAEEncode.execute(torch.rand(1, 64, 40, 3), our_vae, torch.ones(1, 64, 40)).ui[
+        "sd3_report"
+    ]
+    assert told["notes"] == []
+
+
+def test_a_picture_smaller_than_one_latent_is_refused(our_vae):
+    with pytest.raises(NodeError, match=r"^SD3:bad_setting: the picture is 5 x 64 pixels"):
+        SD3VAEEncode.execute(torch.rand(1, 64, 5, 3), our_vae)
+
+
 def test_a_black_picture_is_an_error(our_vae):
     latent = {"samples": torch.full((1, 16, 8, 8), torch.nan)}
     with pytest.raises(NodeError, match=r"^SD3:not_finite: the VAE's decoder"):
