@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import torch
 from build import recipe_tensor, with_recipe_weights
-from sd3_pack.sd3_core.models import fused
+from sd3_pack.sd3_core.models import fused, gpu
 from sd3_pack.sd3_core.models.mmdit import MMDiT, MMDiTConfig
 from sd3_pack.sd3_core.models.onednn import Ops
 from torch import nn
@@ -176,3 +177,37 @@ def test_why_the_kernels_do_not_run_is_said(monkeypatch):
     assert why_not(CUDA) == ""
     monkeypatch.setenv(fused.NO_TRITON, "1")
     assert why_not(CUDA) == f"{fused.NO_TRITON} is set"
+
+
+def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
+    """Triton starts on the current GPU, whatever the tensors say."""
+    pytest.importorskip("triton")
+    kernels, inside, started = fused.kernels(), [], []
+
+    @contextmanager
+    def current(device):
+        inside.append(device)
+        yield
+        inside.pop()
+
+    class Door:
+        def __getitem__(self, grid):
+            return lambda *_, **options: started.append((list(inside), options["num_warps"]))
+
+    monkeypatch.setattr(kernels, "current", current)
+    for name in ("_norm_modulate", "_norm_heads"):
+        monkeypatch.setattr(kernels, name, Door())
+    x, one = torch.zeros(1, 2, 1024), torch.zeros(1, 1, 1024)
+    kernels.norm_modulate(x, one, one, 1e-6)
+    kernels.gate_norm_modulate(x, one, x, one, one, 1e-6)
+    for heads in (24, 38):  # SD3 Medium, SD3.5 Large: a program of twice the size
+        kernels.norm_heads(torch.zeros(1, 2, 3, heads, 64), torch.zeros(2, 2, 64), 1, 1e-6)
+    assert started == [([x.device], warps) for warps in (4, 4, 4, 8)]
+
+
+def test_only_a_gpu_is_made_the_current_one():
+    chosen = gpu.current(torch.device("cuda", 1))
+    assert isinstance(chosen, torch.cuda.device)
+    assert chosen.idx == 1
+    with gpu.current(torch.device("cpu")):
+        pass
