@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from build import recipe_tensor, with_recipe_weights
-from sd3_pack.sd3_core.models import fused, gpu
+from sd3_pack.sd3_core.models import fused, gpu, onednn
 from sd3_pack.sd3_core.models.mmdit import MMDiT, MMDiTConfig
 from sd3_pack.sd3_core.models.onednn import Ops
 from torch import nn
@@ -211,3 +211,48 @@ def test_only_a_gpu_is_made_the_current_one():
     assert chosen.idx == 1
     with gpu.current(torch.device("cpu")):
         pass
+
+
+def test_a_product_with_gelu_inside_serves_only_where_it_is_the_same_gelu(monkeypatch):
+    """On a CPU torch's takes the other one, with the error function."""
+    tried, cpu = fused.multiplies_with_gelu.__wrapped__, torch.device("cpu")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    assert not any(tried(cpu, dtype) for dtype in dtypes)
+
+    def inside(bias, x, weight):
+        product = torch.addmm(bias.float(), x.float(), weight.float())
+        return nn.functional.gelu(product, approximate="tanh").to(x.dtype)
+
+    def missing(*_):
+        raise NotImplementedError("not for this device")
+
+    monkeypatch.setattr(fused, "product_gelu", inside)
+    assert all(tried(cpu, dtype) for dtype in dtypes)
+    monkeypatch.setattr(fused, "product_gelu", missing)
+    assert not tried(cpu, torch.float32)
+
+
+def test_on_a_card_products_take_gelu_and_their_places_inside(monkeypatch):
+    """As on CUDA, but for the device: the numbers are those of the plain ways."""
+    model = with_recipe_weights(MMDiT, CONFIG, 7, ops=Ops)
+    with torch.no_grad():
+        plain = model(**given())
+        bare = fused.writes_itself
+        layers = []
+
+        def writes(layer, x):
+            layers.append(layer)
+            return type(layer) is onednn.Linear and not fused.hooked(layer)
+
+        def product(bias, x, weight):
+            assert x.ndim == 2
+            return nn.functional.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+        monkeypatch.setattr(fused, "writes_itself", writes)
+        monkeypatch.setattr(fused, "product_gelu", product)
+        fused.multiplies_with_gelu.cache_clear()
+        assert_close(model(**given()), plain, atol=1e-5, rtol=0)
+        names = {name.rpartition(".")[2] for name, m in model.named_modules() if m in layers}
+        assert names == {"qkv", "proj", "fc1"}
+    fused.multiplies_with_gelu.cache_clear()
+    assert not bare(model.joint_blocks[0].x_block.mlp.fc1, given()["context"])
