@@ -88,6 +88,12 @@ def copied(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
     return weight.clone(), None if bias is None else bias.clone()
 
 
+def free_memory(patcher: Any, device: torch.device) -> int:
+    """Bytes that ComfyUI would give to work on a device, those of weights it may page out too."""
+    asked = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
+    return asked(device)
+
+
 def intermediate_dtype() -> torch.dtype:
     chosen = getattr(comfy.model_management, "intermediate_dtype", None)
     return torch.float32 if chosen is None else chosen()
