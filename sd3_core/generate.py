@@ -82,7 +82,7 @@ def generate(
         plan = make_plan(files, settings)
         launch.check(way, plan.device)
         record = make_record(files, plan)
-        with explained("encoding the prompts", *advice(plan, "use: fewer text encoders")):
+        with explained("encoding the prompts", *advice(plan, "fewer text encoders")):
             positive, negative = encode_prompts(files, plan, known)
         with explained("reading the picture to start from", *advice(plan)):
             start = start_latents(plan)

@@ -11,7 +11,7 @@ from sd3_pack.sd3_core import lora
 from sd3_pack.sd3_core.checkpoints.header import read_header
 from sd3_pack.sd3_core.checkpoints.load import load_mmdit
 from sd3_pack.sd3_core.checkpoints.lora_files import read_lora
-from sd3_pack.sd3_core.errors import CheckpointError
+from sd3_pack.sd3_core.errors import CheckpointError, OutOfMemory
 from sd3_pack.sd3_core.training.flow import FlowTask
 from sd3_pack.sd3_core.training.folders import Source
 from sd3_pack.sd3_core.training.run import RunRefused
@@ -361,6 +361,24 @@ def test_a_run_that_cannot_fit_is_refused_with_advice(config, monkeypatch):
     with pytest.raises(ValueError, match="gradient_checkpointing = true.*check_memory = false"):
         train(config)
     train(replace(config, check_memory=False))
+
+
+def test_full_memory_saves_the_steps_before_it_and_names_settings(config, monkeypatch):
+    plainly = FlowTask.loss
+
+    def hungry(task, step, rows, size):
+        if step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return plainly(task, step, rows, size)
+
+    monkeypatch.setattr(FlowTask, "loss", hungry)
+    notes = []
+    with pytest.raises(OutOfMemory, match="while training. Try gradient_checkpointing = true"):
+        train(config, on_note=notes.append)
+    assert any("stopped after step 1" in note and "saved" in note for note in notes)
+    monkeypatch.undo()
+    train(replace(config, gradient_checkpointing=True), on_note=notes.append)
+    assert any("goes on from step 1" in note for note in notes)
 
 
 @pytest.mark.parametrize(
