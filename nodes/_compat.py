@@ -107,6 +107,12 @@ def lending_layers() -> tuple[type, ...]:
     return tuple(getattr(kind, name) for kind in kinds for name in ("Linear", "RMSNorm"))
 
 
+def free_memory(patcher: Any, device: torch.device) -> int:
+    """Bytes that ComfyUI would give to work on a device, those of weights it may page out too."""
+    asked = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
+    return asked(device)
+
+
 def intermediate_dtype() -> torch.dtype:
     chosen = getattr(comfy.model_management, "intermediate_dtype", None)
     return torch.float32 if chosen is None else chosen()

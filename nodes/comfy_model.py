@@ -6,7 +6,8 @@ So they are offloaded, paged, kept in fp8, patched by LoRAs and interrupted like
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -35,6 +36,7 @@ from ..sd3_core.speed import stripes
 from ..sd3_core.speed.modulation import tabled_layers
 from ._compat import (
     archive_dtypes,
+    free_memory,
     inference_dtype,
     lending_layers,
     lent,
@@ -335,20 +337,20 @@ def make_model(component: Component, weight_dtype: str = AUTO, plain: bool = Fal
 class ComfyVAE(VAE):
     """The core's VAE by the two calls that comfy.sd.VAE makes."""
 
+    owner: Callable[[], Any] = staticmethod(lambda: None)  # weak: the patcher that has this network
+
     def encode(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The mean, as ComfyUI takes it; VAE space."""
         return super().encode(images).mean
 
     def decode(self, latents: Tensor, **ignored: Any) -> Tensor:
-        if not stripes.is_large(self.config, latents.shape, latents.dtype):
-            return super().decode(latents)
-        each = [stripes.decode_in_stripes(self.decoder, one[None], cast_norm) for one in latents]
-        return torch.cat(each)
+        free = free_memory(self.owner(), latents.device)
+        return stripes.decode(self, latents, free, cast_norm)[0]
 
 
-def cast_norm(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def cast_norm(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of one of ComfyUI's layers, wherever it keeps them."""
-    weight, bias = weights_of(norm, x)
+    weight, bias = weights_of(norm, like)
     assert bias is not None
     return weight, bias
 
@@ -372,6 +374,7 @@ class SD3VAE(comfy.sd.VAE):
             super().__init__(sd={})  # sets what this version of ComfyUI expects
         config = read_config(component)
         assert isinstance(config, VAEConfig)
+        self.vae_config = config
         manager = comfy.model_management
         self.device = manager.vae_device()
         self.vae_dtype = manager.vae_dtype(self.device, self.working_dtypes)
@@ -379,13 +382,7 @@ class SD3VAE(comfy.sd.VAE):
         self.latent_channels = config.latent_channels
         self.downscale_ratio = self.upscale_ratio = config.factor
         self.size = None
-        plainly = self.memory_used_decode
-
-        def memory_used(shape: Any, dtype: torch.dtype) -> int:
-            large = stripes.is_large(config, shape, dtype)
-            return stripes.memory_needed(config, shape, dtype) if large else plainly(shape, dtype)
-
-        self.memory_used_decode = memory_used
+        del self.memory_used_decode  # ours is the method below
         operations = comfy.ops.pick_operations(self.vae_dtype, self.vae_dtype)
         with torch.device("meta"):
             network = ComfyVAE(config, TypedOps(operations, self.vae_dtype), vae_attention)
@@ -395,6 +392,16 @@ class SD3VAE(comfy.sd.VAE):
         self.patcher = make_patcher(
             self.first_stage_model, self.device, manager.vae_offload_device(), plain
         )
+        network.owner = weakref.ref(self.patcher)
+
+    def memory_used_decode(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, shape: Sequence[int], dtype: torch.dtype
+    ) -> int:
+        """Bytes beside the weights for one picture, cut as the memory that is free now allows."""
+        unloaded = max(0, self.patcher.model_size() - self.patcher.loaded_size())
+        free = free_memory(self.patcher, self.device) - unloaded
+        how = stripes.cut(self.vae_config, (1, *shape[1:]), dtype, free)
+        return stripes.memory_needed(self.vae_config, shape, dtype, how)
 
 
 @contextmanager

@@ -201,14 +201,15 @@ def last(model: Any) -> dict[str, Any]:
 
 def decoding(width: int, height: int) -> dict[str, Any]:
     """With the released VAE, which is that of every SD3 model."""
-    dtype = comfy.model_management.vae_dtype(comfy.model_management.vae_device())
+    device = comfy.model_management.vae_device()
+    dtype = comfy.model_management.vae_dtype(device)
     shape = (1, 16, height // LATENT_FACTOR, width // LATENT_FACTOR)
     config = VAEConfig()
-    large = stripes.is_large(config, shape, dtype)
+    how = stripes.cut(config, shape, dtype, comfy.model_management.get_free_memory(device))
     return {
         "width": width,
         "height": height,
-        "decode_mib": mib(stripes.memory_needed(config, shape, dtype)) if large else None,
+        "decode_mib": mib(stripes.memory_needed(config, shape, dtype, how)) if how else None,
     }
 
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import NumericalError
+from .errors import NumericalError, OutOfMemory
 
 if TYPE_CHECKING:
     from .settings import Files
@@ -28,13 +28,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, NumericalError, OSError) as error:
+    except (ValueError, NumericalError, OutOfMemory, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
+        from .memory import is_out_of_memory
+
         if not is_out_of_memory(error):
             raise
         print(
@@ -43,12 +45,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of torch's devices each has its own words for it."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -450,13 +446,6 @@ def run_train(options: argparse.Namespace) -> int:
         outcome = train(config, bar.on_step, bar.on_note, bar.on_progress)
     except KeyboardInterrupt:
         return 130
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(
-            "the memory is full. Take the same run up again with gradient_checkpointing = true, or "
-            "with a smaller batch_size and more accumulation."
-        ) from error
     finally:
         bar.close()
     print(outcome.product)

@@ -1,4 +1,4 @@
-"""The two ways things end badly that a caller may want to tell apart."""
+"""The three ways things end badly that a caller may want to tell apart."""
 
 
 class CheckpointError(ValueError):
@@ -7,3 +7,7 @@ class CheckpointError(ValueError):
 
 class NumericalError(ArithmeticError):
     """A stage produced NaN or infinity: names the stage and what to do."""
+
+
+class OutOfMemory(MemoryError):
+    """A stage does not fit into the memory there is: names the stage and what to do."""

@@ -10,7 +10,6 @@ import json
 import platform
 import warnings
 from collections.abc import Callable, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,19 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints.header import fingerprint, read_header
-from .checkpoints.load import load_clip, load_mmdit, load_t5, load_vae
+from .checkpoints.load import load_clip, load_mmdit, load_vae
 from .checkpoints.lora_files import lora_path
 from .checkpoints.tensors import read_bytes
 from .conditioning import Conditioning
 from .guidance import classifier_free, inpaint, latent_mask
 from .lora import merge_all
+from .memory import explained, free_memory
 from .models.clip import CLIPTextModel
 from .models.mmdit import MMDiT
 from .models.t5 import T5Encoder
 from .models.vae import VAE, to_model_space, to_vae_space
 from .noise import FreshNoise, noise, noise_per_image
 from .pictures import read_image, read_mask, to_levels, to_uint8
-from .precision import check_finite, dtype_name, processor_name
+from .precision import CLIP_DTYPE, check_finite, dtype_name, processor_name
 from .samplers import SAMPLERS, OnStep, Step
 from .schedule import ALWAYS, Schedule, add_noise
 from .settings import Files, Plan, Settings, chosen_paths, make_plan
@@ -41,6 +41,7 @@ from .speed.fp8 import in_float8
 from .speed.gains import Gain, asked, fused_kernels
 from .speed.modulation import PreparedMMDiT, is_seldom_used
 from .speed.step_cache import StepCache, cached, relative_rms
+from .speed.streaming import load_t5_to_fit
 from .text.encoders import ENCODERS, RELEASED_WINDOW, EncodedPrompt, TextEncoders
 from .text.vocabularies import find_tokenizers, pack_tokenizers
 
@@ -82,28 +83,39 @@ def generate(
         plan = make_plan(files, settings)
         launch.check(way, plan.device)
         record = make_record(files, plan)
-        positive, negative = encode_prompts(files, plan, known)
-        with chosen_gpu(plan.device):
+        with explained("encoding the prompts", *advice(plan, "fewer text encoders")):
+            positive, negative = encode_prompts(files, plan, known)
+        with explained("reading the picture to start from", *advice(plan)):
             start = start_latents(plan)
-            cache = step_cache(plan)
+        cache = step_cache(plan)
+        distance = None
+        with explained("sampling", *advice(plan, "fp8")):
             x0 = sample(plan, positive, negative, start, on_step, way, cache)
-            distance = None
             if measure:
                 plain = sample(without_approximations(plan), positive, negative, start, on_step)
                 distance = relative_rms(x0, plain)
-            pixels = keep_masked(to_uint8(decode(plan, x0)), plan)
+        with explained("decoding", *advice(plan)):
+            images, how = decoded(plan, x0)
+        pixels = keep_masked(to_uint8(images), plan)
     said = (str(warning.message) for warning in warned if warning.category is UserWarning)
     about_negative = (
         f"negative prompt: {note}" for note in negative.notes if note not in positive.notes
     )
     notes = dict.fromkeys((*said, *positive.notes, *about_negative))
-    gains = gains_of(plan, cache, known, way)
+    gains = gains_of(plan, cache, known, way, how)
     return Result(pixels, record, positive.tokens, tuple(notes), gains, distance)
 
 
-def chosen_gpu(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels and graphs go to the current GPU, which need not be the one of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def advice(plan: Plan, *first: str) -> list[str]:
+    """What may help where the memory is full, by the settings' names."""
+    fp8_serves = plan.device.type == "cuda" and not plan.settings.fp8
+    return [
+        *(setting for setting in first if setting != "fp8" or fp8_serves),
+        *(["a smaller batch"] if plan.settings.batch > 1 else []),
+        "a smaller width and height",
+        *(["device cpu"] if plan.device.type != "cpu" else []),
+        "closing other programs",
+    ]
 
 
 def encode_prompts(
@@ -126,8 +138,16 @@ def encode_with(encoders: TextEncoders, wanted: Settings) -> tuple[EncodedPrompt
     return positive, negative
 
 
-def text_encoders(files: Files, plan: Plan, known: KnownPrompts | None = None) -> TextEncoders:
-    """The encoders there are, each read from disk when it is first needed."""
+def text_encoders(
+    files: Files,
+    plan: Plan,
+    known: KnownPrompts | None = None,
+    say: Callable[[str], object] = warnings.warn,
+) -> TextEncoders:
+    """The encoders there are, each read from disk when it is first needed.
+
+    say: receives what a user may not expect of how they are loaded.
+    """
     changed = any(kind in lora.parts for lora, _ in plan.loras for kind in ENCODERS)
     parts = plan.parts
     folder = files.checkpoint if files.checkpoint and files.checkpoint.is_dir() else None
@@ -142,12 +162,12 @@ def text_encoders(files: Files, plan: Plan, known: KnownPrompts | None = None) -
         if kind not in parts:
             return None
         return lambda: with_loras(
-            load_clip(parts[kind], kind, dtype=plan.dtype, device=plan.device), kind, plan
+            load_clip(parts[kind], kind, dtype=CLIP_DTYPE, device=plan.device), kind, plan
         )
 
     def t5() -> T5Encoder:
-        return with_loras(
-            load_t5(parts["t5"], dtype=plan.wide_dtype, device=plan.device), "t5", plan
+        return load_t5_to_fit(
+            parts["t5"], plan.wide_dtype, plan.device, say, lambda t5: with_loras(t5, "t5", plan)
         )
 
     return TextEncoders(
@@ -166,7 +186,7 @@ def text_encoders(files: Files, plan: Plan, known: KnownPrompts | None = None) -
 def encoder_identity(plan: Plan) -> str:
     """What decides, beside the tokens, what the text encoders make of them."""
     files = {kind: fingerprint(plan.parts[kind].file) for kind in ENCODERS if kind in plan.parts}
-    dtypes = [dtype_name(plan.dtype), dtype_name(plan.wide_dtype)]
+    dtypes = [dtype_name(CLIP_DTYPE), dtype_name(plan.wide_dtype)]
     return json.dumps([files, dtypes, plan.device.type])
 
 
@@ -304,18 +324,21 @@ def without_approximations(plan: Plan) -> Plan:
 
 
 def gains_of(
-    plan: Plan, cache: StepCache | None, known: KnownPrompts | None, way: str
+    plan: Plan,
+    cache: StepCache | None,
+    known: KnownPrompts | None,
+    way: str,
+    how: stripes.Cut | None,
 ) -> tuple[Gain, ...]:
-    """What acted in a run that is done."""
+    """What acted in a run that is done.  how: its pictures were decoded."""
     guided = [float(sigma) in plan.cfg_window for sigma in plan.sigmas[:-1]]
     encoders_changed = any(kind in lora.parts for lora, _ in plan.loras for kind in ENCODERS)
     prompts = "off" if known is None else "a LoRA changes the encoders" if encoders_changed else ""
-    large = stripes.is_large(plan.vae, plan.latent_shape, plan.wide_dtype)
     return (
         Gain("modulation table", True),
         Gain("prompt cache", prompts == "", prompts),
         fused_kernels(plan.device),
-        Gain("decoding in stripes", large, "" if large else "the picture is small"),
+        Gain("decoding in stripes", how is not None, "" if how else "the memory holds the whole"),
         asked(
             "guidance interval",
             not all(guided),
@@ -353,10 +376,17 @@ def watched(on_step: OnStep | None, dtype: torch.dtype) -> OnStep:
 
 def decode(plan: Plan, x0: Tensor) -> Tensor:
     """Latents in model space -> images [B, 3, H, W] in -1..1; one at a time, to save memory."""
+    return decoded(plan, x0)[0]
+
+
+def decoded(plan: Plan, x0: Tensor) -> tuple[Tensor, stripes.Cut | None]:
+    """As `decode`, and how the last picture was cut; None: it was decoded whole."""
     vae = half_of_vae(plan, "decoder")
-    latents = to_vae_space(x0).to(plan.wide_dtype)
-    images = torch.cat([stripes.decode(vae, latent[None]).float() for latent in latents])
-    return check_finite(images, "the VAE's decoder", plan.wide_dtype)
+    images, how = [], None
+    for latent in to_vae_space(x0).to(plan.wide_dtype):
+        image, how = stripes.decode(vae, latent[None], free_memory(plan.device))
+        images.append(image.float())
+    return check_finite(torch.cat(images), "the VAE's decoder", plan.wide_dtype), how
 
 
 def keep_masked(pixels: Tensor, plan: Plan) -> Tensor:

@@ -29,6 +29,7 @@ LAYERS = (
         "sd3_core.presets",
         "sd3_core.precision",
         "sd3_core.sizes",
+        "sd3_core.memory",
     ),
     ("sd3_core.text", "sd3_core.checkpoints", "sd3_core.pictures", "sd3_core.decode"),
     ("sd3_core.speed",),

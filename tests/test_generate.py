@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from sd3_pack.sd3_core import generate as generation
 from sd3_pack.sd3_core.checkpoints.load import load_mmdit, load_vae
-from sd3_pack.sd3_core.errors import CheckpointError, NumericalError
+from sd3_pack.sd3_core.errors import CheckpointError, NumericalError, OutOfMemory
 from sd3_pack.sd3_core.generate import generate
 from sd3_pack.sd3_core.pictures import to_uint8
 from sd3_pack.sd3_core.presets import PRESETS
@@ -436,3 +436,34 @@ def test_a_lora_strength_that_is_no_number_is_refused(files, tmp_path):
 def test_a_checkpoint_given_as_lora_is_refused(files):
     with pytest.raises(CheckpointError, match=r"tiny\.safetensors"):
         make_plan(replace(files, loras=((files.checkpoint, 1.0),)), QUICK)
+
+
+@pytest.mark.parametrize(
+    ("function", "stage"),
+    [
+        ("encode_prompts", "encoding the prompts"),
+        ("sample", "sampling"),
+        ("decoded", "decoding"),
+    ],
+)
+def test_full_memory_ends_in_a_sentence_and_the_next_run_draws(
+    files, plain, monkeypatch, function, stage
+):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(generation, function, full)
+    with pytest.raises(OutOfMemory, match=f"while {stage}. Try .*a smaller batch, a smaller width"):
+        generate(files, replace(QUICK, batch=2))
+    monkeypatch.undo()
+    same_picture(generate(files, QUICK).pixels, plain.pixels)
+
+
+def test_how_it_was_decoded_is_said(files, plain, monkeypatch):
+    (told,) = [gain for gain in plain.gains if gain.name == "decoding in stripes"]
+    assert (told.active, told.note) == (False, "the memory holds the whole")
+    monkeypatch.setattr(generation, "free_memory", lambda device: 1.0)
+    cut = generate(files, QUICK)
+    (told,) = [gain for gain in cut.gains if gain.name == "decoding in stripes"]
+    assert told.active
+    assert (cut.pixels.int() - plain.pixels.int()).abs().max() <= 1

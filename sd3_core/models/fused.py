@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import onednn
 from .onednn import Linear
 
 NO_TRITON = "SD3_WORKBENCH_NO_TRITON"  # environment variable: any value keeps the plain ways
@@ -85,6 +86,56 @@ def write_linear(layer: Any, x: Tensor, out: Tensor) -> None:
         assert bias is not None
         for tokens, place in zip(x, out, strict=True):  # a sample's rows lie side by side in `out`
             torch.addmm(bias, tokens, weight.t(), out=place)
+
+
+def linear_of_part(layer: Any, x: Tensor) -> Tensor:
+    """layer(x), where x [B, L, in] is a part of longer samples; its rows lie apart.
+
+    For such tokens torch multiplies without the bias and adds it in another pass.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not writes_itself(layer, x):
+        return layer(x)
+    out = x.new_empty(*x.shape[:2], layer.out_features)
+    write_linear(layer, x, out)
+    return out
+
+
+def linear_gelu(layer: Any, x: Tensor) -> Tensor:
+    """gelu(layer(x)), GELU by its tanh formula.  x: [B, L, in]."""
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or not writes_itself(layer, x)
+        or not multiplies_with_gelu(x.device, x.dtype)
+    ):
+        return onednn.linear_gelu(layer, x)
+    tokens = x.flatten(0, 1)
+    return product_gelu(layer.bias, tokens, layer.weight.t()).unflatten(0, x.shape[:2])
+
+
+def product_gelu(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """GELU of bias + x weight, in one pass; the operator has no public spelling."""
+    return torch.ops.aten._addmm_activation(bias, x, weight, use_gelu=True)
+
+
+@functools.cache
+@torch.no_grad()
+def multiplies_with_gelu(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `product_gelu` is there and gives what the two steps give.
+
+    Tried once: torch does not promise which GELU it takes.
+    """
+    draw = torch.Generator().manual_seed(0)
+    bias, x, weight = (torch.randn(n, generator=draw) for n in ((64,), (32, 64), (64, 64)))
+    bias, x, weight = (tensor.to(device, dtype) for tensor in (bias, x, weight / 8))
+    try:
+        found = product_gelu(bias, x, weight.t())
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError):
+        return False
+    product = nn.functional.linear(x.float(), weight.float(), bias.float())
+    wanted = nn.functional.gelu(product, approximate="tanh")
+    allowed = SAME + torch.finfo(dtype).eps * wanted.abs()
+    return bool(((found.float() - wanted).abs() < allowed).all())
 
 
 def writes_itself(layer: Any, x: Tensor) -> bool:

@@ -295,6 +295,6 @@ def looked_up(model: MMDiT, columns: Mapping[str, slice]) -> tuple[nn.ModuleList
 def with_parts(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
     """The same module with other parts under these names; it shares all its others."""
     twin = copy.copy(module)
-    twin.__dict__.pop("forward", None)  # gradient checkpointing's, which calls the original
+    twin.__dict__.pop("forward", None)  # such as a compiled one, which calls the original
     twin._modules = {**module._modules, **parts}
     return twin

@@ -9,7 +9,7 @@ in its place: so the MMDiT met it in training, where each encoder was dropped no
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -162,6 +162,18 @@ class TextEncoders:
             if windows:
                 return min(windows)
         return RELEASED_WINDOW
+
+    @torch.no_grad()
+    def t5_states(self, prompts: Sequence[str], length: int) -> Tensor:
+        """T5's states of several prompts in one pass: [B, length, D], float32.
+
+        prompts: without weights, each of `length` tokens with its padding.  Raises NumericalError.
+        """
+        network = self._network("t5")
+        parameter = next(network.parameters())
+        ids = [self._rows("t5", prompt, length).texts[0].ids for prompt in prompts]
+        states = network(torch.tensor(ids, device=parameter.device)).float()
+        return check_finite(states, TITLES["t5"], parameter.dtype)
 
     def _on(self, use: Collection[str]) -> list[str]:
         if isinstance(use, str) or not set(use) <= set(ENCODERS):

@@ -132,7 +132,7 @@ class FlowTask:
             yield
             return
         device = self.place.device
-        cuda = [device.index or 0] if device.type == "cuda" else []
+        cuda = [device] if device.type == "cuda" else []
         self.model.train()
         with torch.random.fork_rng(cuda):
             draws = generator(self.config.seed, step, row, "dropout")

@@ -4,7 +4,6 @@ The estimate counts what must be there: weights, gradients, the optimiser's memo
 backward pass keeps of the forward pass.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -116,27 +115,6 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def free_memory(device: torch.device) -> float | None:
-    """Bytes that this process may still take on the device; None where nobody tells."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + reserved
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return _available_memory()
-    return None
-
-
-def _available_memory() -> float:
-    """Linux counts what its file cache would give back; elsewhere only what is free."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = next(line for line in file if line.startswith("MemAvailable:"))
-        return int(found.split()[1]) * 1024
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-
-
 def check_fits(estimate: Estimate, loaded: float, free: float | None, config: TrainConfig) -> None:
     """Refuse a run that cannot fit.
 
@@ -145,17 +123,21 @@ def check_fits(estimate: Estimate, loaded: float, free: float | None, config: Tr
     needed = estimate.total - loaded
     if not config.check_memory or free is None or needed <= free:
         return
-    advice = [
+    raise ValueError(
+        f"this run needs about {_gib(needed)} more memory and {_gib(free)} are free. Try "
+        f"{', '.join(savings(config))}; or check_memory = false to try it as it is."
+    )
+
+
+def savings(config: TrainConfig) -> list[str]:
+    """What makes a run smaller, by the settings' names."""
+    return [
         *(["gradient_checkpointing = true"] if not config.gradient_checkpointing else []),
         *(["a smaller batch_size with more accumulation"] if config.batch_size > 1 else []),
         "a smaller resolution",
         *(['optimizer = "adafactor"'] if config.optimizer != "adafactor" else []),
         *(["a smaller rank", "an fp8 file of the model"] if config.trains_lora else []),
     ]
-    raise ValueError(
-        f"this run needs about {_gib(needed)} more memory and {_gib(free)} are free. Try "
-        f"{', '.join(advice)}; or check_memory = false to try it as it is."
-    )
 
 
 def _gib(size: float) -> str:

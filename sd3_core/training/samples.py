@@ -18,7 +18,7 @@ from ..schedule import Schedule
 from ..settings import Plan, Settings, find_parts, make_plan
 from .config import TrainConfig
 from .densities import find_density
-from .loop import Poll, never
+from .loop import OnNote, Poll, ignore, never
 from .objectives import Objective, RectifiedFlow, find_objective
 
 
@@ -79,11 +79,16 @@ class SamplePictures:
 
 
 def encode_samples(
-    config: TrainConfig, schedule: Schedule, resolution: int, poll: Poll = never
+    config: TrainConfig,
+    schedule: Schedule,
+    resolution: int,
+    poll: Poll = never,
+    say: OnNote = ignore,
 ) -> SamplePictures:
     """Plans of the sample pictures, their prompts encoded; the encoders leave again.
 
     resolution: they are squares of so many pixels, less what the VAE cannot take.
+    say: is told when T5 does not fit on the device.
     Raises ValueError for settings that cannot be drawn.
     """
     parts = find_parts(config.files)
@@ -105,7 +110,7 @@ def encode_samples(
     plans = [
         make_plan(config.files, replace(wanted, prompt=prompt)) for prompt in config.sample_prompts
     ]
-    encoders = text_encoders(config.files, plans[0])
+    encoders = text_encoders(config.files, plans[0], say=say)
     samples = []
     for plan in plans:
         poll()

@@ -18,6 +18,7 @@ from ..checkpoints.header import read_header
 from ..checkpoints.layouts import Component
 from ..checkpoints.load import component_of, load_mmdit
 from ..lora import TrainableLoRA
+from ..memory import explained, free_memory
 from ..models.mmdit import MMDiT
 from ..precision import pick_device, pick_dtype, wide_dtype
 from ..settings import FLAGS
@@ -33,7 +34,7 @@ from .loop import OnNote, OnStep, Outcome, Poll, fit, ignore, never, product_pat
 from .metadata import metadata
 from .networks import add_qk_norm, load_to_train, recompute_blocks, write_new_mmdit
 from .optimizers import optimizer_package
-from .plan import TrainPlan, check_fits, estimate_memory, free_memory
+from .plan import TrainPlan, check_fits, estimate_memory, savings
 from .run import Run, open_run, read_log, run_folder
 from .samples import SamplePictures, encode_samples
 from .stages import Machine, fingerprint_of, model_cache
@@ -64,6 +65,8 @@ DATA, HELD = "pictures and captions", "pictures of validation"
 # An entry only of runs where it applies: one that an earlier version began is refused if its
 # pictures would come in another order now, and goes on if not.
 ORDER, MIXED = "order of the pictures", "mixed buckets; earlier versions filled each one up"
+# What helps where pictures and captions do not fit; what is encoded already stays.
+ENCODING_SAVINGS = ("a smaller resolution", "closing other programs")
 
 OnProgress = Callable[[CacheProgress], None]
 
@@ -102,7 +105,8 @@ def train(
     network that a LoRA is trained on.  poll: how a host interrupts, see loop.Poll.  Under torchrun
     each process calls this.
     Raises ValueError for settings, CheckpointError for files, RunRefused when the run of this name
-    is another one or is being trained, and NumericalError when the loss is no longer a number.
+    is another one or is being trained, NumericalError when the loss is no longer a number, and
+    OutOfMemory, saved, when a step does not fit.
     """
     world = find_world()
     say = on_note if world.first else ignore
@@ -128,15 +132,18 @@ def train(
                 say(f"{run.name}: {outcome.stopped}")
             return outcome
         config = with_new_mmdit(config, subject, run, world)
-        cache = model_cache_of(config, place)
+        cache = model_cache_of(config, place, say)
         check_room(config, subject, cache.layout.length, place)
         pictures = None
-        if world.first and config.sample_every:
-            pictures = encode_samples(config, subject.schedule, subject.resolution, poll)
-        encode_all(cache, subject, place, say, on_progress)
-        task = make_task(config, subject, cache, place, pictures, base, poll)
-        tell_plan(config, subject, task, cache.layout.length, run, say)
-        return fit(task, run, config, world, on_step, on_note, task.verdict, task.acceptable)
+        with explained("encoding pictures and captions", *ENCODING_SAVINGS):
+            if world.first and config.sample_every:
+                schedule, resolution = subject.schedule, subject.resolution
+                pictures = encode_samples(config, schedule, resolution, poll, say)
+            encode_all(cache, subject, place, say, on_progress)
+        with explained("training", *savings(config)):
+            task = make_task(config, subject, cache, place, pictures, base, poll)
+            tell_plan(config, subject, task, cache.layout.length, run, say)
+            return fit(task, run, config, world, on_step, on_note, task.verdict, task.acceptable)
 
 
 def pick_place(config: TrainConfig, world: World) -> Place:
@@ -220,12 +227,16 @@ def with_new_mmdit(config: TrainConfig, subject: Subject, run: Run, world: World
     return replace(config, mmdit=path)
 
 
-def model_cache_of(config: TrainConfig, place: Place) -> Cache:
+def model_cache_of(config: TrainConfig, place: Place, say: OnNote = ignore) -> Cache:
     """Where latents and text embeddings of this run are, or will be."""
-    device, dtype = place.device, place.dtype
-    machine = Machine(device, dtype, wide_dtype(dtype, device))
+    machine = Machine(place.device, wide_dtype(place.dtype, place.device))
     return model_cache(
-        cache_folder(config), config.files, machine, use=config.use, t5_length=config.t5_length
+        cache_folder(config),
+        config.files,
+        machine,
+        use=config.use,
+        t5_length=config.t5_length,
+        say=say,
     )
 
 

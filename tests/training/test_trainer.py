@@ -17,7 +17,7 @@ from sd3_pack.sd3_core.checkpoints.layouts import find_components
 from sd3_pack.sd3_core.checkpoints.load import load_mmdit
 from sd3_pack.sd3_core.checkpoints.lora_files import read_lora
 from sd3_pack.sd3_core.checkpoints.save import export_checkpoint
-from sd3_pack.sd3_core.errors import CheckpointError
+from sd3_pack.sd3_core.errors import CheckpointError, OutOfMemory
 from sd3_pack.sd3_core.training import stages
 from sd3_pack.sd3_core.training.flow import FlowTask
 from sd3_pack.sd3_core.training.folders import Source
@@ -421,6 +421,24 @@ def test_what_is_free_is_looked_at_again_when_the_network_is_there(config, monke
     with pytest.raises(ValueError, match="check_memory = false"):
         train(config)
     assert next(free, None) is None
+
+
+def test_full_memory_saves_the_steps_before_it_and_names_settings(config, monkeypatch):
+    plainly = FlowTask.loss
+
+    def hungry(task, step, rows, size):
+        if step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return plainly(task, step, rows, size)
+
+    monkeypatch.setattr(FlowTask, "loss", hungry)
+    notes = []
+    with pytest.raises(OutOfMemory, match="while training. Try gradient_checkpointing = true"):
+        train(config, on_note=notes.append)
+    assert any("stopped after step 1" in note and "saved" in note for note in notes)
+    monkeypatch.undo()
+    train(replace(config, gradient_checkpointing=True), on_note=notes.append)
+    assert any("goes on from step 1" in note for note in notes)
 
 
 @pytest.mark.parametrize(
