@@ -234,11 +234,6 @@ class Translation:
                 "without a caption_extension sd-scripts reads .caption files alone; here .txt goes "
                 "before them"
             )
-        if any(not subset.settings.get("enable_wildcard") for subset in subsets):
-            self.notes.append(
-                "of a caption file of several lines sd-scripts reads the first, without "
-                "enable_wildcard; here each line is an alternative"
-            )
 
     def _use(self, name: str, value: Any) -> None:
         """Translate a setting, or say why not."""

@@ -180,4 +180,6 @@ def _source(subset: Subset, told: list[str]) -> dict[str, Any] | None:
         source["caption_extension"] = settings["caption_extension"]
     if settings.get("is_reg"):
         source["prior"] = True
+    if not settings.get("enable_wildcard"):  # with it a line is drawn at random, as here
+        source["lines"] = "first"
     return source

@@ -80,7 +80,7 @@ NOT_USED = {
     "train_data_dir": "a dataset_config names its own, with image_dir",
     "reg_data_dir": "a dataset_config names its own, with is_reg",
     "in_json": "captions are read beside the pictures, or from a metadata.jsonl",
-    "enable_wildcard": "{a|b} is read as it stands; each line of a caption is an alternative",
+    "enable_wildcard": "a line of several is drawn at random, as there; {a|b} is read as it stands",
     "flip_aug": "pictures are never mirrored",
     "mixed_precision": "fp16 overflows in training",
     "apply_t5_attn_mask": "SD3 was trained without masks",

@@ -94,7 +94,8 @@ def test_a_dataset_file_beside_it_is_read_too(file):
     file.write_text('dataset_config = "data.toml"\n' + GIVEN)
     translated = translate(file)
     config = translated.config()
-    assert config.data == (Source(Path("cats"), 10, subfolders=False, caption="cat"),)
+    cats = Source(Path("cats"), 10, subfolders=False, caption="cat", lines="first")
+    assert config.data == (cats,)
     assert (config.batch_size, config.bucket_step) == (4, 32)
 
 
@@ -196,8 +197,8 @@ def test_regularisation_pictures_become_the_prior(file):
     file.write_text(beginning + 'prior_loss_weight = 0.5\nreg_data_dir = "more"\n' + GIVEN)
     translated = translate(file)
     assert translated.config().data == (
-        Source(Path("cats"), subfolders=False),
-        Source(Path("others"), prior=True, subfolders=False),
+        Source(Path("cats"), subfolders=False, lines="first"),
+        Source(Path("others"), prior=True, subfolders=False, lines="first"),
     )
     assert make_config(read_toml(translated.toml())) == translated.config()
     told = "\n".join(translated.ignored)
@@ -205,7 +206,7 @@ def test_regularisation_pictures_become_the_prior(file):
     assert "reg_data_dir = more: a dataset_config names its own" in told
     assert "sd-scripts learns from as many of them" in "\n".join(translated.notes)
     file.write_text(beginning + "prior_loss_weight = 0\n" + GIVEN)
-    assert translate(file).config().data == (Source(Path("cats"), subfolders=False),)
+    assert translate(file).config().data == (Source(Path("cats"), subfolders=False, lines="first"),)
     assert not any("reg" in line or "prior" in line for line in translate(file).ignored)
 
 

@@ -25,7 +25,7 @@ def translated(tmp_path):
 
 
 def own(path: str, **options) -> Source:
-    return Source(Path(path), subfolders=False, **options)
+    return Source(Path(path), **{"subfolders": False, "lines": "first", **options})
 
 
 LEVELS = """
@@ -386,3 +386,19 @@ def json_text(value) -> str:
     import json
 
     return json.dumps(value)
+
+
+def test_the_first_line_of_a_caption_counts_unless_wildcards_are_on(translated):
+    """As sd-scripts reads it: with enable_wildcard it draws a line at random."""
+    text = """
+    [[datasets]]
+      [[datasets.subsets]]
+      image_dir = "a"
+      [[datasets.subsets]]
+      image_dir = "b"
+      enable_wildcard = true
+    """
+    assert [source.lines for source in translated("", text).config().data] == [
+        "first",
+        "alternatives",
+    ]

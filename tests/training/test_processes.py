@@ -119,7 +119,7 @@ def test_sigterm_saves_says_so_and_leaves(given, unbroken):
     process = start(config)
     wait_for(config, 3, process)
     process.send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130
     assert "saved" in said
     assert "Traceback" not in said
@@ -137,7 +137,7 @@ def test_a_run_that_is_being_trained_is_refused_to_others(given):
     process = start(config)
     wait_for(config, 1, process)
     second = start(config)
-    _, said = second.communicate(timeout=60)
+    _, said = second.communicate(timeout=300)
     process.kill()
     process.communicate()
     assert second.returncode == 2
@@ -191,6 +191,6 @@ def test_two_processes_draw_the_curve_of_one_and_resume_as_one(given):
 
 def test_a_launcher_that_says_only_half_is_refused(given):
     process = start(replace(given, run_name="half"), {"WORLD_SIZE": "2"})
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "start with torchrun" in said
