@@ -142,7 +142,7 @@ def _json_model(path: Path) -> str | None:
     """The kind of model in a tokenizer.json: "BPE" is CLIP's, "Unigram" T5's."""
     try:
         return json.loads(path.read_bytes())["model"]["type"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 
