@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..sd3_core.embedded.requests import parse
 from ..sd3_core.embedded.score import judge_pictures
+from ..sd3_core.errors import cut
 from ..sd3_core.training.picks import MOST, PICTURES, Group, PickRefused, Picks, different
 from ..sd3_core.training.run import named_folder
 from ._compat import advanced, schema
@@ -63,7 +64,7 @@ def state(picks: Picks, reveal: bool = False) -> dict[str, Any]:
         "decided": len(picks.votes()),
         "comparison": None if comparison is None or hidden else asdict(comparison),
         "hidden": hidden,
-        "problem": too_many(picks.arms()),
+        "problem": " ".join(filter(None, (too_many(picks.arms()), passed_over(picks)))),
         "subfolder": f"{HOME}/{picks.folder.name}/{PICTURES}",
     }
 
@@ -72,8 +73,18 @@ def too_many(arms: Sequence[str]) -> str:
     if len(arms) <= 2:
         return ""
     return (
-        f"This folder holds {len(arms)} labels ({', '.join(arms)}), and a comparison has two: "
+        f"This folder holds {len(arms)} labels ({cut(', '.join(arms))}), and a comparison has two: "
         "take another pick_name for each comparison."
+    )
+
+
+def passed_over(picks: Picks) -> str:
+    lines = picks.passed_over()
+    if not lines:
+        return ""
+    return (
+        f"{len(lines)} {'line' if len(lines) == 1 else 'lines'} of this folder's files cannot be "
+        f"used and {'is' if len(lines) == 1 else 'are'} passed over; the first: {lines[0]}."
     )
 
 

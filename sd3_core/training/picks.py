@@ -11,15 +11,18 @@ import hashlib
 import json
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..checkpoints.save import save_bytes
+from ..errors import cut
+from ..reading import read_regular
 from .order import shuffled
 from .preferences import PREFERENCES
 
@@ -27,7 +30,10 @@ CANDIDATES, PICTURES = "candidates.jsonl", "pictures"
 FEWEST, MOST = 2, 4  # pictures of a group
 OF_EACH = ("arms", "models", "places")  # what a group may tell of each of its pictures
 LARGEST = 2**26  # bytes of either file; beyond, nothing is appended
+MOST_READ = 2 * LARGEST
 Z95 = 1.959964  # of the normal distribution: 95 % lie within
+
+T = TypeVar("T")
 
 # Votes come from the server's threads, candidates from the queue's: what is appended must still fit
 # what was read.
@@ -89,18 +95,24 @@ class Picks:
     # What there is
 
     def groups(self) -> dict[str, Group]:
-        lines = _lines(self.folder / CANDIDATES)
-        return {line["id"]: _group(line) for line in lines}
+        groups, _ = _read(self.folder / CANDIDATES, _group)
+        return {group.id: group for group in groups}
 
     def votes(self) -> dict[str, list[dict[str, Any]]]:
         """The lines of every vote that stands, by group, oldest first."""
         standing: dict[str, list[dict[str, Any]]] = {}
-        for line in _lines(self.folder / PREFERENCES):
+        for line in self._lines():
             if "undo" in line:
                 standing.pop(str(line["undo"]).rpartition(":")[0], None)
             elif "group" in line:
                 standing.setdefault(line["group"], []).append(line)
         return standing
+
+    def passed_over(self) -> list[str]:
+        """Lines that say nothing, torn by a crash or by another hand: where, and why."""
+        _, of_candidates = _read(self.folder / CANDIDATES, _group)
+        _, of_votes = _read(self.folder / PREFERENCES, _vote)
+        return of_candidates + of_votes
 
     def open_groups(self) -> list[Group]:
         done = self.votes()
@@ -201,7 +213,7 @@ class Picks:
                 "model": group.model,
             }
             # An undone vote's ids must not come back: the undo line would take them too.
-            turn = sum(line.get("group") == name for line in _lines(self.folder / PREFERENCES))
+            turn = sum(line.get("group") == name for line in self._lines())
             self._append(
                 PREFERENCES,
                 [
@@ -264,6 +276,9 @@ class Picks:
         ties = sum("tie" in line for line in lines) + sum(group.is_equal for group in groups)
         return compare((arms[0], arms[1]), (won.count(arms[0]), won.count(arms[1])), ties)
 
+    def _lines(self) -> list[dict[str, Any]]:
+        return _read(self.folder / PREFERENCES, _vote)[0]
+
     def _now(self) -> str:
         return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(self.clock()))
 
@@ -319,21 +334,27 @@ def compare(arms: tuple[str, str], wins: tuple[int, int], ties: int) -> Comparis
     )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file; torn lines are left out."""
-    try:
-        texts = path.read_bytes().split(b"\n")  # a prompt may hold what else parts lines
+def _read(path: Path, check: Callable[[dict[str, Any]], T]) -> tuple[list[T], list[str]]:
+    """What `check` makes of each line of a .jsonl file; and the lines that are passed over.
+
+    One odd line must not take the others with it, whoever wrote it.
+    """
+    try:  # a prompt may hold what else parts lines
+        texts = read_regular(path, MOST_READ).split(b"\n")
     except FileNotFoundError:
-        return []
-    found = []
-    for text in texts:
+        return [], []
+    found, passed = [], []
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
         try:
             line = json.loads(text.decode())
-        except ValueError:
-            continue
-        if isinstance(line, dict):
-            found.append(line)
-    return found
+            if not isinstance(line, dict):
+                raise ValueError("no object")
+            found.append(check(line))
+        except (ValueError, RecursionError) as error:
+            passed.append(f"{path.name}:{number}: {cut(error)}")
+    return found, passed
 
 
 def _of_each(group: Group) -> list[tuple[str, Sequence[Any]]]:
@@ -342,7 +363,53 @@ def _of_each(group: Group) -> list[tuple[str, Sequence[Any]]]:
 
 
 def _group(line: Mapping[str, Any]) -> Group:
+    """Raises ValueError for a line of which another program or hand has made something else."""
     known = {name: line[name] for name in Group.__dataclass_fields__ if name in line}
-    group = Group(**known)
-    lists = {name: tuple(getattr(group, name)) for name in ("pictures", *OF_EACH)}
-    return replace(group, **lists)
+    if not {"id", "prompt", "pictures"} <= known.keys():
+        raise ValueError("id, prompt or pictures is missing")
+    for name in ("id", "prompt", "model", "time"):
+        _check(name, known.get(name, ""), _is_text)
+    _check("id", known["id"], bool)
+    _check("seed", known.get("seed"), lambda seed: seed is None or type(seed) is int)
+    pictures = known["pictures"]
+    _check("pictures", pictures, lambda names: _is_list(names, _is_name))
+    _check("pictures", pictures, lambda names: FEWEST <= len(names) <= MOST)
+    for name in OF_EACH:
+        of_one = _is_place if name == "places" else _is_text
+        each = known.get(name, [])
+        _check(name, each, lambda each, of_one=of_one: _is_list(each, of_one))
+        _check(name, each, lambda each: len(each) in (0, len(pictures)))
+        known[name] = tuple(each)
+    return Group(**{**known, "pictures": tuple(pictures)})
+
+
+def _vote(line: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError as _group does; lines of other programs pass, they are no votes."""
+    if "undo" not in line and "group" in line:
+        group, arms = line["group"], line.get("arms", [])
+        _check("group", group, _is_text)
+        _check("id", line.get("id"), lambda name: _is_text(name) and name.startswith(f"{group}:"))
+        _check("arms", arms, lambda arms: _is_list(arms, _is_text))
+    return line
+
+
+def _check(name: str, value: Any, fits: Callable[[Any], bool]) -> None:
+    if not fits(value):
+        raise ValueError(f"{name} is {cut(repr(value))}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # half characters
+
+
+def _is_name(value: Any) -> bool:
+    """Of a file in pictures/, which it does not leave."""
+    return isinstance(value, str) and re.fullmatch(r"\w[\w.-]*", value) is not None
+
+
+def _is_place(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_list(value: Any, of_one: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(of_one, value))

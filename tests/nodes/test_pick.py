@@ -421,3 +421,18 @@ def test_votes_at_the_same_time_are_all_kept(output):
         list(threads.map(lambda group: picks.vote(group.id, best=group.pictures[0]), groups))
     lines = (output / "sd3_picks" / "mine" / "preferences.jsonl").read_text().splitlines()
     assert len({json.loads(line)["group"] for line in lines}) == 20
+
+
+@pytest.mark.parametrize("odd", ["{}", '{"group": []}', '{"pictures": 5}', "[" * 100_000])
+def test_an_odd_line_is_told_and_the_folder_stays_usable(output, odd):
+    SD3Pick.execute(images(2), "mine", "a")
+    for name in ("candidates.jsonl", "preferences.jsonl"):
+        with (output / "sd3_picks" / "mine" / name).open("a") as file:
+            file.write(odd + "\n")
+    status, state = ask()
+    assert status == 200
+    assert "passed over; the first: candidates.jsonl:2: " in state["problem"]
+    group = state["group"]
+    status, state = send({"group": group["id"], "best": group["pictures"][0]})
+    assert (status, state["decided"]) == (200, 1)
+    assert send({"undo": True})[1]["open"] == 1
