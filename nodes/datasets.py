@@ -7,7 +7,7 @@ in one that is registered as `datasets`.
 import hashlib
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ..sd3_core.errors import cut
 from ..sd3_core.training.folders import Source, list_pictures
 from ..sd3_core.training.preferences import CHOSEN, REJECTED, list_pairs
 from ..sd3_core.training.report import some_names
@@ -52,21 +53,29 @@ def data_roots() -> list[Path]:
     return [Path(root).absolute() for root in (*own, *registered)]
 
 
+def is_inside(path: Path) -> bool:
+    """Whether it lies below one of the roots, which may be links themselves."""
+    roots = data_roots()
+    places = {*roots, *(root.resolve() for root in roots)}
+    return path not in places and not places.isdisjoint(path.parents)
+
+
 def find_data(name: str) -> Path:
-    """The folder (or .jsonl file) of this name below one of the roots.  Raises NodeError."""
+    """The folder (or .jsonl file) of this name below one of the roots.  Raises NodeError, also for
+    a folder in which a link leads out of them."""
     wanted = name.strip().replace("\\", "/")
     roots = data_roots()
-    places = {*roots, *(root.resolve() for root in roots)}  # a root may be a link itself
-
-    def is_inside(path: Path) -> bool:
-        return path not in places and not places.isdisjoint(path.parents)
-
+    found = None
     for root in roots if wanted else ():
         # An absolute name stays what it is.  As text first: to look at //host/share asks that host.
         path = Path(os.path.normpath(root / wanted))
         with suppress(OSError, ValueError):  # a name that no file can have
             if is_inside(path) and is_inside(path := path.resolve()) and is_data(path):
-                return path
+                found = path
+                break
+    if found is not None:
+        check_links(found, files_in(found) if found.is_dir() else ())
+        return found
     known = ", ".join(str(root) for root in roots)
     raise NodeError(
         "missing_file",
@@ -77,6 +86,32 @@ def find_data(name: str) -> Path:
 
 def is_data(path: Path) -> bool:
     return path.is_dir() or (path.suffix == ".jsonl" and path.is_file())
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Every folder and every link below, links followed, circles not."""
+    seen = set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        paths = (Path(place, name) for name in names)
+        yield from (path for path in paths if path.is_symlink())
+        yield Path(place)  # a folder may be a junction, which is_symlink does not tell
+
+
+def check_links(folder: Path, paths: Iterable[Path]) -> None:
+    """Raises NodeError where one of these paths leads out of the roots."""
+    for path in paths:
+        if not is_inside(path.resolve()):
+            shown = path.relative_to(folder).as_posix()
+            raise NodeError(
+                "missing_file",
+                f"{folder.name}: {cut(shown)} in it is a link to a place outside of ComfyUI's "
+                "input and output folders. Copy what it names, or register its place as `datasets` "
+                "in extra_model_paths.yaml.",
+            )
 
 
 def data_fingerprint(name: str) -> str:
@@ -390,6 +425,10 @@ class SD3Preferences(io.ComfyNode):
         path = find_data(folder) if folder.strip() else keep_pairs(chosen, rejected, captions)
         with coded("bad_setting"):
             listing = list_pairs(Source(path))
+        if path.is_file():  # what it names lies beside it, in a folder of anything
+            check_links(
+                path.parent, (one for pair in listing.pairs for one in (pair.chosen, pair.rejected))
+            )
         if not listing.pairs:
             raise NodeError(
                 "missing_file",

@@ -628,6 +628,42 @@ def test_a_root_may_be_a_link(places, tmp_path, monkeypatch):
             datasets.find_data(str(root))
 
 
+@pytest.mark.parametrize("inner", ["", "deep/er"])
+@pytest.mark.parametrize("what", ["folder", "picture", "caption", "metadata.jsonl"])
+def test_a_link_inside_a_folder_is_looked_at_as_the_folder_is(
+    places, tmp_path_factory, what, inner
+):
+    outside = write_pictures(tmp_path_factory.mktemp("outside"), 1)
+    write_pictures(nest := places / "input" / "nest" / inner, 1)
+    (other := places / "output" / "other").mkdir(parents=True)
+    targets = {"folder": outside, "picture": outside / "0.png"}
+    (nest / "fine").symlink_to(other, target_is_directory=True)
+    assert datasets.find_data("nest")
+    link = {"picture": "link.png", "caption": "0.txt"}.get(what, what)
+    (nest / link).unlink(missing_ok=True)
+    (nest / link).symlink_to(targets.get(what, outside / "0.txt"))
+    with pytest.raises(NodeError, match=rf"missing_file: nest: .*{link} in it is a link") as raised:
+        datasets.find_data("nest")
+    assert str(outside) not in str(raised.value)
+    assert datasets.folder_fault("nest") is not True
+    (other / "again").symlink_to(nest, target_is_directory=True)  # a circle
+    (nest / link).unlink()
+    assert datasets.find_data("nest")
+
+
+def test_a_link_that_a_list_of_pairs_names_is_looked_at(tiny_three, places, tmp_path_factory):
+    outside = write_pictures(tmp_path_factory.mktemp("outside"), 1)
+    home = write_pictures(places / "input" / "pairs", 2)
+    (home / "link.png").symlink_to(outside / "0.png")
+    lines = home / "mine.jsonl"
+    lines.write_text(json.dumps({"prompt": "x", "chosen": "0.png", "rejected": "1.png"}))
+    clip, vae = tiny_three[1:]
+    assert SD3Preferences.execute(clip, vae, "pairs/mine.jsonl")
+    lines.write_text(json.dumps({"prompt": "x", "chosen": "0.png", "rejected": "link.png"}))
+    with pytest.raises(NodeError, match=r"missing_file: pairs: link.png in it is a link"):
+        SD3Preferences.execute(clip, vae, "pairs/mine.jsonl")
+
+
 def test_a_link_out_of_the_folder_is_not_followed(places, tmp_path_factory):
     outside = write_pictures(tmp_path_factory.mktemp("outside"), 1)
     (places / "input" / "link").symlink_to(outside, target_is_directory=True)
