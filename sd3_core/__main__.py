@@ -152,6 +152,15 @@ def add_generate(command: argparse.ArgumentParser) -> None:
 def add_verify(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_verify)
     command.add_argument("picture", type=Path)
+    command.add_argument(
+        "--allow",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="also open what the picture names in this folder; may be given several times; without "
+        "it only files in the picture's own folder and in those of the files given below",
+    )
     add_files(command)
 
 
@@ -339,7 +348,10 @@ def run_generate(options: argparse.Namespace) -> int:
 def run_verify(options: argparse.Namespace) -> int:
     from .verify import verify
 
-    comparison = verify(options.picture, chosen_files(options), progress())
+    def on_files(files: list[Path]) -> None:
+        print("".join(f"opens {path}\n" for path in files), end="", file=sys.stderr)
+
+    comparison = verify(options.picture, chosen_files(options), progress(), options.allow, on_files)
     print(comparison.sentence())
     return 0 if comparison.equal else 1
 
