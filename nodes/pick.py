@@ -22,6 +22,7 @@ from torch import Tensor
 from ..sd3_core.embedded.requests import parse
 from ..sd3_core.embedded.score import judge_pictures
 from ..sd3_core.errors import cut
+from ..sd3_core.reading import LARGEST_PICTURE, read_regular
 from ..sd3_core.training.picks import MOST, PICTURES, Group, PickRefused, Picks, different
 from ..sd3_core.training.run import named_folder
 from ._compat import advanced, schema
@@ -255,7 +256,8 @@ def let_checker_vote(picks: Picks, groups: Sequence[Group]) -> None:
 
 def stored(picks: Picks, name: str) -> Tensor:
     """A picture of the folder, [1, 3, H, W] in -1..1."""
-    with Image.open(picks.folder / PICTURES / name) as picture:
+    data = read_regular(picks.folder / PICTURES / name, LARGEST_PICTURE)
+    with Image.open(streams.BytesIO(data), formats=["PNG"]) as picture:
         size, data = picture.size, picture.convert("RGB").tobytes()
     pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(1, size[1], size[0], 3)
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1

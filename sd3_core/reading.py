@@ -11,8 +11,9 @@ from typing import BinaryIO
 
 from .errors import cut
 
-LARGEST_PICTURE = 2**30  # bytes of a file: 179 million pixels, the most that is decoded, of 6 bytes
-LARGEST_TEXT = 2**26  # a list of some 100,000 captions
+# Bytes of a file.  Pictures: 179 million pixels, the most that Pillow decodes, stored as they are.
+LARGEST_PICTURE = 600 * 10**6
+LARGEST_TEXT = 2**28  # a line for each of a million pictures
 
 
 def open_regular(path: str | Path) -> BinaryIO:

@@ -11,10 +11,12 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..lora import KINDS, STREAMS
+from ..reading import read_regular
 from ..settings import FLAGS, Files
 from ..text.encoders import ENCODERS
 from .folders import Source
 
+LARGEST_SETTINGS = 2**20  # bytes of a file; a whole run is told in a few thousand
 LORA_OPTIMIZERS = ("adamw", "adafactor", "adamw_8bit", "prodigy")
 OPTIMIZERS = (*LORA_OPTIMIZERS, "muon")  # that one for the matrices of a whole model
 PRIOR_WEIGHT = 4.0  # more forgets less and learns more slowly
@@ -251,7 +253,7 @@ def _choice(config: Any, name: str, known: tuple[str, ...]) -> None:
 def read_settings(path: Path) -> dict[str, Any]:
     """The table in a .toml or .json file.  Raises ValueError."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_regular(path, LARGEST_SETTINGS).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(
             f"{path}: cannot be read ({getattr(error, 'strerror', error)})."

@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..decode import EXTENSIONS
+from ..reading import LARGEST_TEXT, read_regular, reason
 from .report import Skipped
 
 METADATA = "metadata.jsonl"
@@ -164,13 +165,11 @@ def _captions(path: Path, row: Row) -> tuple[tuple[str, ...], ...]:
 def _lines(path: Path) -> tuple[str, ...]:
     """The lines of a text file that are not empty; none when there is no file."""
     try:
-        if path.stat().st_size > LONGEST_CAPTIONS:
-            raise ValueError(f"{path.name} is no caption: it is {path.stat().st_size:,} bytes long")
-        data = path.read_bytes()
+        data = read_regular(path, LONGEST_CAPTIONS)
     except FileNotFoundError:
         return ()
     except OSError as error:
-        raise ValueError(f"{path.name} cannot be read ({error.strerror or error})") from error
+        raise ValueError(f"{path.name} is no caption ({reason(error)})") from error
     utf16 = data.startswith((b"\xff\xfe", b"\xfe\xff"))  # an older Windows editor
     try:
         text = data.decode("utf-16" if utf16 else "utf-8-sig")
@@ -186,7 +185,7 @@ def _texts(lines: list[str]) -> tuple[str, ...]:
 def _read_metadata(folder: Path) -> dict[Path, Row]:
     file = folder / METADATA
     try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
+        lines = read_regular(file, LARGEST_TEXT).decode("utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: cannot be read as UTF-8 text ({error}).") from error
     rows: dict[Path, Row] = {}

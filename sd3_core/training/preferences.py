@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..reading import LARGEST_TEXT, read_regular
 from .dataset import Dataset, Item
 from .folders import Found, Source, check_source, given_weight, list_pictures, name_inside
 from .framing import Framing
@@ -306,7 +307,7 @@ def read_pairs(file: Path) -> PairListing:
     A line that is no JSON at all is skipped: a crash may have torn it, and the others still count.
     """
     try:
-        texts = file.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")
+        texts = read_regular(file, LARGEST_TEXT).removeprefix(codecs.BOM_UTF8).split(b"\n")
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error}).") from error
     lines, skipped = _Lines(file.parent), []

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..decode import RULES, decode
+from ..reading import LARGEST_PICTURE, LARGEST_TEXT, read_regular, reason
 from .duplicates import perceptual_hash
 
 WORKERS = 8  # threads at most; decoders let go of Python's lock, and each holds a whole picture
@@ -38,10 +39,10 @@ class Facts:
 def look_at(path: Path) -> Facts:
     """Decode a file; nothing that is wrong with it raises."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path, LARGEST_PICTURE)
         picture = decode(data)
     except OSError as error:
-        return Facts(fault=f"it cannot be read ({error.strerror or error})")
+        return Facts(fault=f"it cannot be read ({reason(error)})")
     except ValueError as error:
         return Facts(fault=str(error))
     return Facts(
@@ -104,9 +105,9 @@ def _recall(memory: Path | None) -> dict[str, Facts]:
     if memory is None:
         return {}
     try:
-        stored: Any = json.loads(memory.read_text(encoding="utf-8"))
+        stored: Any = json.loads(read_regular(memory, LARGEST_TEXT))
         return {mark: Facts(**fields) for mark, fields in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
