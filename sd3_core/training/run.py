@@ -15,6 +15,7 @@ import json
 import os
 import re
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -27,8 +28,10 @@ from torch import Tensor
 from ..checkpoints.header import read_header
 from ..checkpoints.save import save_bytes, save_tensors
 from ..checkpoints.tensors import read_tensors
-from ..errors import CheckpointError
+from ..errors import CheckpointError, cut
+from ..reading import LARGEST_TEXT, read_regular
 from .contents import Contents, changes, read_contents, write_contents
+from .entries import checksum
 
 FORMAT = 1
 LOG = "log.jsonl"
@@ -87,6 +90,7 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = folder
         self.lines: list[dict[str, Any]] = []  # of the log
+        self.damaged: dict[Path, str] = {}  # states that `newest` could not read, and why
         self._log: IO[str] | None = None
 
     @property
@@ -172,12 +176,13 @@ class Run:
                 raise RunRefused(f"{path}: is missing, so its states belong to unknown settings.")
             return None
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(read_regular(path, LARGEST_TEXT))
             if not (isinstance(config["steps"], int) and isinstance(config["identity"], dict)):
                 raise TypeError("steps or identity is of the wrong kind")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunRefused(
-                f"{path}: is damaged ({error}). Give another run_name, or delete {self.folder}."
+                f"{path}: is damaged ({cut(error)}). Give another run_name, or delete "
+                f"{self.folder}."
             ) from error
         if config.get("format") != FORMAT:
             raise RunRefused(f"{path}: was written by another version of this program.")
@@ -197,8 +202,11 @@ class Run:
         Raises CheckpointError when it cannot be written; the older states are untouched then.
         """
         path = self.folder / "state" / f"step-{state.step:08}.safetensors"
-        values = json.dumps({"format": FORMAT, "step": state.step, **state.values}, sort_keys=True)
-        save_tensors(path, state.tensors, {"sd3_workbench.state": values})
+        values = {"format": FORMAT, "step": state.step, **state.values}
+        values = json.loads(json.dumps(values))  # as it will be read
+        values["crc32"] = _checksum(values, state.tensors)
+        text = json.dumps(values, sort_keys=True)
+        save_tensors(path, state.tensors, {"sd3_workbench.state": text})
         states = self.states()
         for step in sorted(states)[:-keep]:
             if step != best:
@@ -209,17 +217,28 @@ class Run:
     def newest(self) -> State | None:
         """The newest state that can be read; None at the beginning of a run.
 
-        Raises CheckpointError when there are states and none can be read.
+        Those above it are in `damaged` then.  Raises CheckpointError when there are states and none
+        can be read.
         """
-        fault: CheckpointError | None = None
+        self.damaged = {}
         for path in reversed(self.states().values()):
             try:
                 return read_state(path)
             except CheckpointError as error:  # a disk that lost power may leave a file short
-                fault = error
-        if fault is not None:
-            raise CheckpointError(f"{self.folder}: no saved state can be read ({fault})")
+                self.damaged[path] = str(error)
+        if self.damaged:
+            raise CheckpointError(
+                f"{self.folder}: no saved state can be read ({next(iter(self.damaged.values()))}) "
+                f"Put a copy of one into {self.folder / 'state'}, or delete {self.folder} to begin "
+                "anew."
+            )
         return None
+
+    def put_aside(self) -> None:
+        """Rename the damaged states, so that they do not count as saved and nothing is lost."""
+        for path in self.damaged:
+            with suppress(OSError):
+                path.replace(path.with_name(f"{path.name}.damaged"))
 
     # Log
 
@@ -273,15 +292,31 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
 
 def read_state(path: Path) -> State:
     """A saved state, in memory.  Raises CheckpointError."""
-    header = read_header(path)
+    try:
+        header = read_header(path)
+        tensors = read_tensors(header)
+    except CheckpointError as error:
+        # It was written here: there is nothing to download.
+        raise CheckpointError(re.sub(r" Download [^.]*\.$", "", str(error))) from error
     try:
         values = json.loads(header.metadata["sd3_workbench.state"])
+        stored = values.pop("crc32", None)  # older states have none
+        if stored is not None and stored != _checksum(values, tensors):
+            raise ValueError("its checksum does not fit")
         step, version = values.pop("step"), values.pop("format")
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: is no state of a run ({error}).") from error
+        if type(step) is not int:
+            raise ValueError(f"step is {cut(repr(step))}")
+    except (KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is damaged, or no state of a run ({error}).") from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: was written by another version of this program.")
-    return State(step, read_tensors(header), values)
+    return State(step, tensors, values)
+
+
+def _checksum(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of a state; `values` as they are stored, without it."""
+    text = json.dumps(values, sort_keys=True)
+    return zlib.crc32(text.encode(), checksum({k: t.detach().cpu() for k, t in tensors.items()}))
 
 
 def _shown(value: Any) -> str:
