@@ -6,7 +6,7 @@ in one that is registered as `datasets`.
 
 import hashlib
 import os
-import tempfile
+import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ..sd3_core.checkpoints.save import sweep, temporary_name
 from ..sd3_core.errors import cut
 from ..sd3_core.training.folders import Source, list_pictures
 from ..sd3_core.training.preferences import CHOSEN, REJECTED, list_pairs
@@ -196,8 +197,9 @@ def keep_pictures(images: Mapping[str, Tensor], captions: Sequence[str]) -> Path
     if folder.exists():
         return folder
     home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home) as making:
-        whole = Path(making) / digest
+    sweep(home)
+    whole = home / temporary_name(digest)
+    try:
         for side, batch in levels.items():
             place = whole / side
             place.mkdir(parents=True)
@@ -205,6 +207,8 @@ def keep_pictures(images: Mapping[str, Tensor], captions: Sequence[str]) -> Path
                 Image.fromarray(pixels).save(place / f"{number:05}.png", compress_level=1)
                 (place / f"{number:05}.txt").write_text(caption, encoding="utf-8")
         whole.rename(folder)
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
     return folder
 
 

@@ -15,7 +15,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..checkpoints.save import save_bytes
 from ..decode import RULES, decode
+from ..errors import CheckpointError
 from ..reading import LARGEST_PICTURE, LARGEST_TEXT, read_regular, reason
 from .duplicates import perceptual_hash
 
@@ -113,12 +115,6 @@ def _recall(memory: Path | None) -> dict[str, Facts]:
 
 def _remember(memory: Path, known: dict[str, Facts]) -> None:
     """Written whole or not at all; a full disk only costs the time of looking again."""
-    temporary = memory.with_name(f"{memory.name}.{os.getpid()}.part")
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({mark: asdict(facts) for mark, facts in known.items()})
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, memory)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    text = json.dumps({mark: asdict(facts) for mark, facts in known.items()})
+    with suppress(CheckpointError):
+        save_bytes(memory, text.encode(), aside=False)
