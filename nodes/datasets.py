@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..sd3_core.checkpoints.save import sweep, temporary_name
-from ..sd3_core.errors import cut
+from ..sd3_core.errors import cut, quoted
 from ..sd3_core.training.folders import Source, list_pictures
 from ..sd3_core.training.preferences import CHOSEN, REJECTED, list_pairs
 from ..sd3_core.training.report import some_names
@@ -80,8 +80,8 @@ def find_data(name: str) -> Path:
     known = ", ".join(str(root) for root in roots)
     raise NodeError(
         "missing_file",
-        f"folder is {name!r}; there is no such folder in {known}. Copy the pictures there, or "
-        "register their place as `datasets` in extra_model_paths.yaml.",
+        f"folder is {quoted(name)}; there is no such folder in {known}. Copy the pictures there, "
+        "or register their place as `datasets` in extra_model_paths.yaml.",
     )
 
 
@@ -240,7 +240,8 @@ def keep_pairs(chosen: Tensor | None, rejected: Tensor | None, captions: str) ->
             "empty: name a folder of pairs, or connect as many of each.",
         )
     sides = {CHOSEN: chosen, REJECTED: rejected}
-    return keep_pictures(sides, caption_of_each(captions, len(chosen)))
+    with coded("bad_file"):
+        return keep_pictures(sides, caption_of_each(captions, len(chosen)))
 
 
 # Nodes
@@ -331,7 +332,8 @@ class SD3TrainingImages(io.ComfyNode):
         if images is None:
             path = find_data(folder)
         else:
-            path = keep_pictures({"": images}, caption_of_each(captions, len(images)))
+            with coded("bad_file"):
+                path = keep_pictures({"": images}, caption_of_each(captions, len(images)))
         with coded("bad_setting"):
             source = Source(path, repeats)
             listing = list_pictures(source)
@@ -423,8 +425,8 @@ class SD3Preferences(io.ComfyNode):
         if folder.strip() and (chosen is not None or rejected is not None):
             raise NodeError(
                 "bad_setting",
-                f"folder is {folder!r} and pictures are connected, too: leave folder empty to take "
-                "them, or remove the links of chosen and rejected.",
+                f"folder is {quoted(folder)} and pictures are connected, too: leave folder empty "
+                "to take them, or remove the links of chosen and rejected.",
             )
         path = find_data(folder) if folder.strip() else keep_pairs(chosen, rejected, captions)
         with coded("bad_setting"):

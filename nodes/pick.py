@@ -21,12 +21,12 @@ from torch import Tensor
 
 from ..sd3_core.embedded.requests import parse
 from ..sd3_core.embedded.score import judge_pictures
-from ..sd3_core.errors import cut
+from ..sd3_core.errors import cut, quoted
 from ..sd3_core.reading import LARGEST_PICTURE, read_regular
 from ..sd3_core.training.picks import MOST, PICTURES, Group, PickRefused, Picks, different
 from ..sd3_core.training.run import named_folder
 from ._compat import advanced, schema
-from .errors import NodeError, coded
+from .errors import NodeError, coded, without_places
 from .wires import CATEGORY, loras_on, origin_of, report
 
 HOME = "sd3_picks"  # in ComfyUI's output folder
@@ -119,7 +119,7 @@ async def answered(request: web.Request, work: Callable[[Picks], dict[str, Any]]
     try:
         folder = pick_folder(request.match_info["name"])
     except ValueError as error:
-        return web.json_response({"error": str(error)}, status=400)
+        return web.json_response({"error": without_places(str(error))}, status=400)
     try:
         return web.json_response(await asyncio.to_thread(work, Picks(folder)))
     except PickRefused as error:
@@ -209,7 +209,7 @@ def add_candidates(
         )
     if arms[0] == arms[1]:
         raise NodeError(
-            "bad_setting", f"label_a and label_b are both {arms[0]!r}; name them apart."
+            "bad_setting", f"label_a and label_b are both {quoted(arms[0])}; name them apart."
         )
     pairs = zip(own, map(png, rivals), strict=True)
     each = models if models[0] != models[1] else ()
@@ -352,7 +352,7 @@ class SD3Pick(io.ComfyNode):
             if pick_name is not None:
                 pick_folder(pick_name)
         except ValueError as error:
-            return f"SD3:bad_setting: {error}"
+            return str(NodeError("bad_setting", str(error)))
         return True
 
     @classmethod

@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import NumericalError
+from .errors import NumericalError, quoted
 
 if TYPE_CHECKING:
     from .settings import Files
@@ -514,10 +514,10 @@ def run_tiny(options: argparse.Namespace) -> int:
     from .embedded.stages.make import BUDGETS, IN_ORDER, LOCAL, STAGES, Maker
 
     if options.budget not in BUDGETS:
-        raise ValueError(f"budget is {options.budget!r}; choose {' or '.join(BUDGETS)}.")
+        raise ValueError(f"budget is {quoted(options.budget)}; choose {' or '.join(BUDGETS)}.")
     stages = list(IN_ORDER) if options.stage == "all" else [options.stage]
     if not set(stages) <= set(STAGES):
-        raise ValueError(f"stage is {options.stage!r}; choose {', '.join(STAGES)} or all.")
+        raise ValueError(f"stage is {quoted(options.stage)}; choose {', '.join(STAGES)} or all.")
     if options.scenes_from < 0:
         raise ValueError(f"scenes-from is {options.scenes_from}; give a number from 0.")
     bar = TrainingBar()
@@ -679,7 +679,7 @@ def setting(text: str) -> tuple[str, object]:
     for read in (json.loads, lambda plain: read_toml(f"value = {plain}")["value"]):
         try:
             return name.strip(), read(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return name.strip(), value  # text without its quotes
 

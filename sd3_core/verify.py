@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import cut
+from .errors import cut, quoted
 from .generate import FORMAT, generate
 from .pictures import read_png
 from .samplers import OnStep
@@ -131,7 +131,7 @@ def read_record(stored: Any, picture: Path) -> Record:
         if not all(type(layer) is int for layer in record.settings["skip_layers"] or ()):
             raise ValueError(f"skip_layers is {record.settings['skip_layers']}")
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{picture}: its settings are damaged ({cut(repr(error))}).") from error
+        raise ValueError(f"{picture}: its settings are damaged ({quoted(error)}).") from error
     return record
 
 
@@ -147,7 +147,7 @@ def check_type(name: str, annotation: str, value: Any) -> None:
         type(None): {"None"},
     }
     if not suits.get(type(value), set()) & words:
-        raise TypeError(f"{name} is {value!r}")
+        raise TypeError(f"{name} is {quoted(value)}")
     if isinstance(value, int | float):
         float(value)  # OverflowError for what no setting can be
 
@@ -186,7 +186,7 @@ def find_file(stored: str, picture: Path, name: str, places: Sequence[Path]) -> 
             if place.exists() and place != picture.parent:
                 return place
     except (OSError, ValueError) as error:  # a name that no file can have
-        raise ValueError(f"{picture}: names the {name} file {cut(repr(stored))}.") from error
+        raise ValueError(f"{picture}: names the {name} file {quoted(stored)}.") from error
     flag = f"--{name.replace('_', '-')} FILE"
     if inside:
         raise ValueError(

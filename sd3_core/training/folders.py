@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..decode import EXTENSIONS
+from ..errors import quoted
 from ..reading import LARGEST_TEXT, read_regular, reason
 from .report import Skipped
 
@@ -225,7 +226,9 @@ def name_inside(name: object) -> str:
         raise ValueError("file_name is missing; expected the name of a picture")
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.anchor or ".." in path.parts:
-            raise ValueError(f"file_name {name!r} leads out of its folder; give a name inside it")
+            raise ValueError(
+                f"file_name {quoted(name)} leads out of its folder; give a name inside it"
+            )
     return name
 
 
@@ -235,14 +238,14 @@ def _strings(fields: dict[str, Any], name: str) -> tuple[str, ...]:
         return ()
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{name} is {value!r}; expected a text or a list of texts")
+        raise ValueError(f"{name} is {quoted(value)}; expected a text or a list of texts")
     return _texts(texts)
 
 
 def given_weight(value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and 0 < value < 1e6):
-        raise ValueError(f"weight is {value!r}; expected a number above 0, below a million")
+        raise ValueError(f"weight is {quoted(value)}; expected a number above 0, below a million")
     return float(value)
 
 
@@ -250,5 +253,5 @@ def _bucket(value: object) -> tuple[int, int] | None:
     if value is None:
         return None
     if not (isinstance(value, list) and len(value) == 2 and all(type(n) is int for n in value)):
-        raise ValueError(f"bucket is {value!r}; expected [width, height] in pixels")
+        raise ValueError(f"bucket is {quoted(value)}; expected [width, height] in pixels")
     return value[0], value[1]

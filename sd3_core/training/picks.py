@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ..checkpoints.save import save_bytes
-from ..errors import cut
+from ..errors import cut, quoted
 from ..reading import read_regular
 from .order import shuffled
 from .preferences import PREFERENCES
@@ -204,7 +204,7 @@ class Picks:
             group = self.groups().get(name)
             if group is None or group.is_equal or name in self.votes():
                 what = "there is no such group" if group is None else "it is decided already"
-                raise PickRefused(f"group {name!r}: {what}.")
+                raise PickRefused(f"group {quoted(name)}: {what}.")
             lines = decide(group)
             known = {
                 "group": name,
@@ -229,10 +229,12 @@ class Picks:
             paths = [f"{PICTURES}/{picture}" for picture in group.pictures]
             return [{verdict: paths, **{name: list(each) for name, each in _of_each(group)}}]
         if verdict:
-            raise PickRefused(f"verdict is {verdict!r}; choose tie or skip, or name the best.")
+            raise PickRefused(
+                f"verdict is {quoted(verdict)}; choose tie or skip, or name the best."
+            )
         for picture in filter(None, (best, worst)):
             if picture not in group.pictures:
-                raise PickRefused(f"{picture!r} is no picture of group {group.id}.")
+                raise PickRefused(f"{quoted(picture)} is no picture of group {group.id}.")
         if not best or best == worst:
             raise PickRefused("name the best picture, and another one as the worst, if any.")
         others = [one for one in group.pictures if one not in (best, worst)]
@@ -395,7 +397,7 @@ def _vote(line: dict[str, Any]) -> dict[str, Any]:
 
 def _check(name: str, value: Any, fits: Callable[[Any], bool]) -> None:
     if not fits(value):
-        raise ValueError(f"{name} is {cut(repr(value))}")
+        raise ValueError(f"{name} is {quoted(value)}")
 
 
 def _is_text(value: Any) -> bool:

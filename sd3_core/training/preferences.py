@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ..errors import quoted
 from ..reading import LARGEST_TEXT, read_regular
 from .dataset import Dataset, Item
 from .folders import Found, Source, check_source, given_weight, list_pictures, name_inside
@@ -281,11 +282,11 @@ class _Lines:
     def _pair(self, fields: dict[str, Any], name: str) -> Listed:
         prompt = fields.get("prompt", fields.get("caption", ""))
         if not isinstance(prompt, str):
-            raise ValueError(f"prompt is {prompt!r}; expected text")
+            raise ValueError(f"prompt is {quoted(prompt)}; expected text")
         if "label_0" in fields:
             first, second = _name(fields, "jpg_0"), _name(fields, "jpg_1")
             if fields["label_0"] not in (0, 1):
-                raise ValueError(f"label_0 is {fields['label_0']!r}; expected 0, 1 or 0.5")
+                raise ValueError(f"label_0 is {quoted(fields['label_0'])}; expected 0, 1 or 0.5")
             chosen, rejected = (first, second) if fields["label_0"] == 1 else (second, first)
         else:
             chosen, rejected = _name(fields, CHOSEN), _name(fields, REJECTED)

@@ -28,7 +28,7 @@ from torch import Tensor
 from ..checkpoints.header import read_header
 from ..checkpoints.save import save_bytes, save_tensors
 from ..checkpoints.tensors import read_tensors
-from ..errors import CheckpointError, cut
+from ..errors import CheckpointError, cut, quoted
 from ..reading import LARGEST_TEXT, read_regular
 from .contents import Contents, changes, read_contents, write_contents
 from .entries import checksum
@@ -36,9 +36,12 @@ from .entries import checksum
 FORMAT = 1
 LOG = "log.jsonl"
 LONGEST_NAME = 100
+LONGEST_BYTES = 190  # a file's name has 255, and what is written in the folder adds to its own
 _STATE = re.compile(r"step-(\d{8})\.safetensors")
 _LEFT_BEHIND = re.compile(r"\..*\.part|.*\.tmp")  # of a process that was killed while writing
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows' own names
+_RESERVED = re.compile(  # Windows' own names; to it com¹ is one, too
+    r"(con|prn|aux|nul|(com|lpt)[\d\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE
+)
 
 
 class RunRefused(ValueError):
@@ -63,7 +66,9 @@ def run_folder(output: Path, name: str) -> Path:
     home = output / "sd3"
     nearest = next(path for path in (home, *home.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise ValueError(f"output is {str(output)!r}, but {nearest} is a file; name a folder.")
+        raise ValueError(
+            f"output is {quoted(str(output))}, but {nearest} is a file; name a folder."
+        )
     return named_folder(home, name, "run_name")
 
 
@@ -73,15 +78,22 @@ def named_folder(home: Path, name: str, what: str) -> Path:
     what: the setting that the name comes from.  Raises ValueError.
     """
     plain = re.fullmatch(r"\w[\w .+-]*", name) and name == name.rstrip(" .")
-    if not plain or len(name) > LONGEST_NAME or _RESERVED.fullmatch(name):
+    if not plain or len(name) > LONGEST_NAME or not is_usable_name(name):
         raise ValueError(
-            f"{what} is {name!r}; use letters, digits, spaces and _ - + . (up to {LONGEST_NAME}, "
-            "beginning with a letter or digit): it becomes a folder."
+            f"{what} is {quoted(name)}; use letters, digits, spaces and _ - + . (up to "
+            f"{LONGEST_NAME}, {LONGEST_BYTES} bytes, beginning with a letter or digit): it becomes "
+            "a folder."
         )
     folder = home / name
     if folder.resolve().parent != home.resolve():
         raise ValueError(f"{folder}: is a link to another place; it has to be a folder of its own.")
     return folder
+
+
+def is_usable_name(name: str) -> bool:
+    """Whether files of this name, with endings, can be made on every system."""
+    short = len(name.encode(errors="replace")) <= LONGEST_BYTES
+    return short and not _RESERVED.fullmatch(name)
 
 
 class Run:
@@ -130,7 +142,7 @@ class Run:
                 lines.append(f"steps: {known['steps']} -> {steps} ({reached} are done already)")
             if lines:
                 raise RunRefused(
-                    f"there is a run named {self.name!r} with other settings:\n  "
+                    f"there is a run named {quoted(self.name)} with other settings:\n  "
                     + "\n  ".join(lines)
                     + f"\nGive this one another run_name, take the old settings back, or delete "
                     f"{self.folder}."
@@ -305,7 +317,7 @@ def read_state(path: Path) -> State:
             raise ValueError("its checksum does not fit")
         step, version = values.pop("step"), values.pop("format")
         if type(step) is not int:
-            raise ValueError(f"step is {cut(repr(step))}")
+            raise ValueError(f"step is {quoted(step)}")
     except (KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{path}: is damaged, or no state of a run ({error}).") from error
     if version != FORMAT:
@@ -358,7 +370,7 @@ def _locked(path: Path) -> Iterator[None]:
     with path.open("a+", encoding="utf-8") as file:
         if not _lock(file):
             raise RunRefused(
-                f"the run {path.parent.name!r} is being trained by another process"
+                f"the run {quoted(path.parent.name)} is being trained by another process"
                 f"{_holder(path)}. Wait for it, or stop it."
             )
         path.with_name("lock.txt").write_text(

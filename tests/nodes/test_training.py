@@ -1,6 +1,8 @@
 """The training nodes in process: runs, their outputs on ComfyUI's own nodes, what they refuse."""
 
+import errno
 import json
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -669,6 +671,56 @@ def test_a_link_out_of_the_folder_is_not_followed(places, tmp_path_factory):
     (places / "input" / "link").symlink_to(outside, target_is_directory=True)
     with pytest.raises(NodeError, match="missing_file"):
         datasets.find_data("link")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "reason"),
+    [
+        ("../out", "leads out of the output folder"),
+        ("a/../../out", "leads out"),
+        ("file/out", "Not a directory"),
+        ("x" * 300, "too long"),
+        ("loras/" + "x" * 300 + "/a", "too long"),
+        ("猫" * 100, "too long"),
+        ("loras/com¹", "Windows keeps"),
+        ("", "too long, or"),
+    ],
+)
+def test_a_prefix_that_cannot_be_is_a_sentence_with_a_code(places, prefix, reason):
+    (places / "output" / "file").write_bytes(b"")
+    with pytest.raises(NodeError, match="SD3:bad_setting: filename_prefix is ") as raised:
+        SD3SaveLoRA.execute({"x": torch.zeros(1)}, prefix, "comfy", "fp16")
+    assert reason in str(raised.value)
+    assert str(places) not in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+def test_a_disk_that_takes_no_pictures_is_a_sentence_with_a_code(tiny_three, places, monkeypatch):
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(places / "output/sd3/x.png"))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(NodeError) as raised:
+        SD3TrainingImages.execute(*tiny_three[1:], "", images=torch.rand(1, 64, 64, 3))
+    assert str(raised.value) == "SD3:bad_file: output/sd3/x.png: No space left on device."
+
+
+def test_an_error_tells_no_place_of_the_machine(places, tmp_path_factory):
+    import folder_paths
+
+    for place, shown in (
+        (places / "output" / "sd3" / "x", "output/sd3/x"),
+        (places / "input", "input"),
+        (Path(folder_paths.get_folder_paths("loras")[0]) / "x", "loras/x"),
+        (Path(folder_paths.base_path) / "custom_nodes" / "x", "custom_nodes/x"),
+    ):
+        told = str(NodeError("bad_file", f"{place}: is gone."))
+        assert told == f"SD3:bad_file: {shown}: is gone."
+    (places / "output" / "sd3").mkdir()
+    (places / "output" / "sd3" / "link").symlink_to(tmp_path_factory.mktemp("elsewhere"))
+    told = SD3TrainLoRA.validate_inputs("link")
+    assert told.startswith("SD3:bad_setting: output/sd3/link: is a link to another place")
+    assert str(places) not in str(SD3TrainingImages.validate_inputs("missing"))
 
 
 def test_folder_or_pictures_not_both_and_not_neither(tiny_three):

@@ -25,6 +25,7 @@ PACK = Path(__file__).parent.parent.parent
     [
         *("", ".", "..", "../x", "a/b", "a\\b", "/etc", "C:x", ".hidden", "x.", "x ", " x", "-x"),
         *("a\nb", "a\0b", "con", "NUL.txt", "x" * 101, "a*b", "a?b", "~x", "$HOME"),
+        *("猫" * 64, "com¹", "LPT³.txt", "con .x"),
     ],
 )
 def test_a_name_that_is_no_plain_folder_name_is_refused(tmp_path, name):
@@ -32,7 +33,7 @@ def test_a_name_that_is_no_plain_folder_name_is_refused(tmp_path, name):
         run_folder(tmp_path, name)
 
 
-@pytest.mark.parametrize("name", ["a", "my cat 3.5", "größe_2", "2024-01-01+x", "猫"])
+@pytest.mark.parametrize("name", ["a", "my cat 3.5", "größe_2", "2024-01-01+x", "猫" * 60, "¹"])
 def test_plain_names_become_folders_of_their_own(tmp_path, name):
     assert run_folder(tmp_path, name).parent == tmp_path / "sd3"
 
