@@ -3,7 +3,6 @@
 Nothing waits: the node hands its pictures on and the votes come later, by the two addresses below.
 """
 
-import asyncio
 import io as streams
 import json
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ from ..sd3_core.training.picks import MOST, PICTURES, Group, PickRefused, Picks,
 from ..sd3_core.training.run import named_folder
 from ._compat import advanced, schema
 from .errors import NodeError, coded, without_places
+from .threads import in_thread
 from .wires import CATEGORY, loras_on, origin_of, report
 
 HOME = "sd3_picks"  # in ComfyUI's output folder
@@ -114,14 +114,14 @@ def cast_vote(picks: Picks, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 async def answered(request: web.Request, work: Callable[[Picks], dict[str, Any]]) -> web.Response:
-    """The work's answer as JSON; 400 for a name that is none, 409 for a vote that is refused, 507
-    where the disk does not take it."""
+    """The work's answer as JSON; 400 for a name that is none, 409 for a vote that is refused, 503
+    where too many wait, 507 where the disk does not take it."""
     try:
         folder = pick_folder(request.match_info["name"])
     except ValueError as error:
         return web.json_response({"error": without_places(str(error))}, status=400)
     try:
-        return web.json_response(await asyncio.to_thread(work, Picks(folder)))
+        return web.json_response(await in_thread(work, Picks(folder)))
     except PickRefused as error:
         return web.json_response({"error": str(error)}, status=409)
     except OSError as error:

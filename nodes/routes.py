@@ -3,7 +3,6 @@
 So its curve follows the widgets before anything is run.  It only computes: no file, no state.
 """
 
-import asyncio
 import json
 from collections.abc import Mapping
 from functools import partial
@@ -16,6 +15,7 @@ from ..sd3_core.errors import cut
 from ..sd3_core.schedule import Schedule
 from .errors import coded
 from .sampling import schedule_report
+from .threads import in_thread
 
 ADDRESS = "/sd3_workbench/schedule"
 MOST_STEPS = 1000  # more are no curve to look at, and would keep the server busy
@@ -36,7 +36,7 @@ def asked_schedule(query: Mapping[str, str]) -> dict[str, Any]:
 
 async def answer(request: web.Request) -> web.Response:
     try:
-        told = await asyncio.to_thread(asked_schedule, request.query)
+        told = await in_thread(asked_schedule, request.query)
         return web.json_response(told, dumps=partial(json.dumps, allow_nan=False))
     except ValueError as error:  # NodeError is one
         return web.json_response({"error": str(error)}, status=400)

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from sd3_pack.nodes import pick
 from sd3_pack.nodes.errors import NodeError
 from sd3_pack.nodes.pick import SD3Pick
+from sd3_pack.nodes.threads import _WAITING, MOST_WAITING
 from sd3_pack.nodes.wires import ATTACHMENT, Origin
 from sd3_pack.sd3_core.embedded.captions import short_caption
 from sd3_pack.sd3_core.embedded.render import draw
@@ -400,6 +402,40 @@ def test_a_flood_stays_small(output):
     assert [status for status, _ in answers] == [200] + [409] * 49 + [413]
     lines = (output / "sd3_picks" / "mine" / "preferences.jsonl").read_text().splitlines()
     assert len(lines) == 1
+
+
+def test_abandoned_requests_hold_no_thread_but_ours(output, monkeypatch):
+    """The event loop's own threads stay free, and who asks too much is told so."""
+    monkeypatch.setattr(pick, "state", lambda picks, reveal: stuck.wait(60) and {})
+    stuck = threading.Event()
+    path = "/sd3_workbench/picks/mine"
+
+    async def run():
+        application = web.Application()
+        application.router.add_get(pick.ADDRESS, pick.show)
+        async with TestClient(TestServer(application)) as client:
+            asked = [asyncio.ensure_future(client.get(path)) for _ in range(MOST_WAITING)]
+            while len(_WAITING) < MOST_WAITING:
+                await asyncio.sleep(0.01)
+            beyond = await client.get(path)
+            told = await beyond.json()
+            assert await asyncio.wait_for(asyncio.to_thread(lambda: "at once"), 30) == "at once"
+            for one in asked[1:]:
+                one.cancel()  # nobody waits for these any more
+            stuck.set()
+            answered = await asked[0]
+            while _WAITING:
+                await asyncio.sleep(0.01)
+            after = await client.get(path)
+            return beyond, told, answered.status, after.status
+
+    try:
+        beyond, told, *others = asyncio.run(run())
+    finally:
+        stuck.set()
+    assert (beyond.status, beyond.headers["Retry-After"]) == (503, "2")
+    assert "too many requests" in told["error"]
+    assert others == [200, 200]
 
 
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
