@@ -4,13 +4,13 @@ The estimate counts what must be there: weights, gradients, the optimiser's memo
 backward pass keeps of the forward pass.
 """
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..measures import available_memory
 from ..models.mmdit import MMDiT, MMDiTConfig
 from .config import TrainConfig
 from .optimizers import matrices_in
@@ -116,19 +116,7 @@ def free_memory(device: torch.device) -> float | None:
         free, _ = torch.cuda.mem_get_info(device)
         reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return free + reserved
-    if device.type == "cpu" and hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return _available_memory()
-    return None
-
-
-def _available_memory() -> float:
-    """Linux counts what its file cache would give back; elsewhere only what is free."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = next(line for line in file if line.startswith("MemAvailable:"))
-        return int(found.split()[1]) * 1024
-    except (OSError, StopIteration, ValueError):
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return available_memory() if device.type == "cpu" else None
 
 
 def check_fits(estimate: Estimate, loaded: float, free: float | None, config: TrainConfig) -> None:
