@@ -5,7 +5,6 @@ import argparse
 import re
 import secrets
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -356,6 +355,8 @@ def run_verify(options: argparse.Namespace) -> int:
     return 0 if comparison.equal else 1
 
 
+LARGEST_PICTURE = 4 * 2**20  # bytes of a PNG of a megapixel that cannot be pressed
+LARGEST_TABLE = 2**20
 GPU_PLAN = 570.0  # seconds, start and end of processes included
 
 
@@ -363,8 +364,11 @@ def run_bench(options: argparse.Namespace) -> int:
     import json
 
     from .bench import cases, ceilings, report, run
+    from .checkpoints.save import check_room, save_bytes
     from .precision import pick_device
 
+    for path in filter(None, (options.json, options.plot)):
+        check_room(path, LARGEST_TABLE)
     if options.plot:
         report.check_plot()
     chosen = cases.choose(options.cases, options.quick, options.size)
@@ -402,7 +406,7 @@ def run_bench(options: argparse.Namespace) -> int:
     print("\n".join(report.growth_lines(report.growths(outcomes))))
     if options.json:
         values = report.as_json_report(where, outcomes, limits)
-        options.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        save_bytes(options.json, (json.dumps(values, indent=1) + "\n").encode())
     if options.plot:
         report.plot(options.plot, outcomes)
     behind = [sentence for outcome in outcomes for sentence in report.slower(outcome)]
@@ -468,6 +472,7 @@ def run_train(options: argparse.Namespace) -> int:
 def run_score(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from .checkpoints.save import check_room
     from .embedded.drawing import Painter
     from .embedded.score import run_score as score
     from .settings import Settings
@@ -484,6 +489,8 @@ def run_score(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         device=options.device,
     )
+    if options.json:
+        check_room(options.json, LARGEST_TABLE)
     painter = Painter(drawing_files(options), settings)
     with tqdm(unit="picture") as bar:
 
@@ -639,6 +646,8 @@ def chosen_encoders(options: argparse.Namespace) -> tuple[str, ...]:
 
 def output_files(asked: Path | None, batch: int) -> list[Path]:
     """Where the pictures will lie.  Raises ValueError now when nothing could be written there."""
+    from .checkpoints.save import check_room
+
     if asked is None:
         taken = (re.fullmatch(r"sd3_(\d+)(-\d+)?\.png", path.name) for path in Path().iterdir())
         number = 1 + max((int(name[1]) for name in taken if name), default=0)
@@ -649,10 +658,7 @@ def output_files(asked: Path | None, batch: int) -> list[Path]:
         raise ValueError(f"{asked}: pictures are written as PNG; give a name that ends in .png.")
     if not asked.parent.is_dir():
         raise ValueError(f"{asked.parent}: there is no such folder to write {asked.name} into.")
-    try:
-        tempfile.TemporaryFile(dir=asked.parent).close()
-    except OSError as error:
-        raise ValueError(f"{asked}: cannot be written ({error.strerror or error}).") from error
+    check_room(asked, batch * LARGEST_PICTURE)
     if batch <= 1:
         return [asked]
     return [asked.with_stem(f"{asked.stem}-{index}") for index in range(1, batch + 1)]

@@ -2,9 +2,11 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -322,3 +324,18 @@ def test_a_stage_of_the_embedded_model_is_one_command(tmp_path, capsys):
     assert "begins with sd3-tiny-" in capsys.readouterr().err
     assert main(["tiny", "shelves", "--output", str(tmp_path), "--scenes-from", "-1"]) == 2
     assert "give a number from 0" in capsys.readouterr().err
+
+
+def full_disk(monkeypatch, free: int = 1000) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+
+
+def test_a_full_disk_is_told_before_anything_is_drawn(model, tmp_path, capsys, monkeypatch):
+    full_disk(monkeypatch)
+    monkeypatch.setattr("sd3_pack.sd3_core.generate.generate", lambda *_: pytest.fail("drawn"))
+    assert draw(model, tmp_path / "out.png", "--batch", "2") == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'out.png'}: about 8,388,608 bytes will be written there and 1,000" in told
+    assert main(["score", "--json", str(tmp_path / "deep" / "score.json")]) == 2
+    assert "score.json: about" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

@@ -6,6 +6,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -96,16 +97,38 @@ def _quantisation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return notes
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], object], aside: bool = True) -> Path:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError becomes a CheckpointError that names the file, which a full disk's does not."""
     try:
-        with _temporary(path) as temporary:
-            with temporary.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            return _move(temporary, path, aside)
+        yield
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}.") from error
+
+
+def check_room(path: Path, size: float) -> None:
+    """Before long work: raises CheckpointError when its result could not be written to `path`.
+
+    size: bytes of it, about.
+    """
+    with writing(path):
+        place = next(one for one in (path, *path.absolute().parents) if one.is_dir())
+        tempfile.TemporaryFile(dir=place).close()
+        free = shutil.disk_usage(place).free
+    if size > free:
+        raise CheckpointError(
+            f"{path}: about {size:,.0f} bytes will be written there and {free:,} are free. Make "
+            "room, or name another place."
+        )
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object], aside: bool = True) -> Path:
+    with writing(path), _temporary(path) as temporary:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        return _move(temporary, path, aside)
 
 
 @contextmanager

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.header import read_header
-from ..checkpoints.save import save_bytes, save_tensors
+from ..checkpoints.save import save_bytes, save_tensors, writing
 from ..checkpoints.tensors import read_tensors
 from ..errors import CheckpointError, cut, quoted
 from ..reading import LARGEST_TEXT, read_regular
@@ -271,15 +271,18 @@ class Run:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to the log."""
-        if self._log is None:
-            self._log = (self.folder / LOG).open("a", encoding="utf-8", buffering=1)
-        self._log.write(json.dumps(line) + "\n")
+        path = self.folder / LOG
+        with writing(path):
+            if self._log is None:
+                self._log = path.open("a", encoding="utf-8", buffering=1)
+            self._log.write(json.dumps(line) + "\n")
         self.lines.append(dict(line))
 
     def close_log(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        log, self._log = self._log, None
+        if log is not None:
+            with writing(self.folder / LOG):
+                log.close()
 
 
 def _number(name: re.Match[str]) -> int:
@@ -367,15 +370,18 @@ def sweep(paths: Iterable[Path]) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock that the system itself takes back when the process ends, however it ends."""
-    with path.open("a+", encoding="utf-8") as file:
+    with writing(path):
+        file = path.open("a+", encoding="utf-8")
+    with file:
         if not _lock(file):
             raise RunRefused(
                 f"the run {quoted(path.parent.name)} is being trained by another process"
                 f"{_holder(path)}. Wait for it, or stop it."
             )
-        path.with_name("lock.txt").write_text(
-            f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}", encoding="utf-8"
-        )
+        with writing(holder := path.with_name("lock.txt")):
+            holder.write_text(
+                f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}", encoding="utf-8"
+            )
         try:
             yield
         finally:

@@ -17,6 +17,7 @@ from .. import lora
 from ..checkpoints.header import read_header
 from ..checkpoints.layouts import Component
 from ..checkpoints.load import component_of, load_mmdit
+from ..checkpoints.save import check_room
 from ..lora import TrainableLoRA
 from ..models.mmdit import MMDiT
 from ..precision import pick_device, pick_dtype, wide_dtype
@@ -326,3 +327,8 @@ def tell_plan(
         say(line)
     loaded = estimate.weights + sum(parameter.nbytes for parameter in parameters.values())
     check_fits(estimate, min(loaded, estimate.total), free, config)
+    if world.first:
+        saves = 1 + (config.steps - plan.done) // config.checkpoint_every
+        # Those kept, the best one, and one that is written before the oldest is dropped.
+        states = min(saves, max(config.keep + 2 - len(run.states()), 1))
+        check_room(run.folder, states * estimate.trained)

@@ -1,11 +1,15 @@
 """A run's folder: its name, its lock, its states and its log."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from sd3_pack.sd3_core.errors import CheckpointError
 from sd3_pack.sd3_core.training.run import Run, RunRefused, State, open_run, run_folder
 
 HOLD = """
@@ -147,3 +151,23 @@ def test_a_run_that_learnt_nothing_takes_new_settings(tmp_path):
         run.save(State(1, {"x": torch.zeros(1)}), keep=1, best=None)
         with pytest.raises(RunRefused, match="batch: 2 -> 4"):
             run.settle({"batch": 4}, 5, {})
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    """What the system says when a file is flushed names none."""
+
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with open_run(tmp_path, "run") as run:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match=r"step-00000001\.safetensors: cannot be written"):
+            run.save(State(1, {"x": torch.zeros(1)}), keep=1, best=None)
+        run._log = SimpleNamespace(write=full, close=full)
+        with pytest.raises(CheckpointError, match=r"log\.jsonl: cannot be written: No space left"):
+            run.write({"step": 1})
+        with pytest.raises(CheckpointError, match=r"log\.jsonl: cannot be written"):
+            run.close_log()
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match=r"lock\.txt: cannot be written"):
+        open_run(tmp_path, "run").__enter__()
