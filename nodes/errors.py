@@ -43,14 +43,14 @@ def without_places(text: str) -> str:
 
 def _places() -> list[tuple[str, str]]:
     """ComfyUI's folders and how they are named, the innermost first."""
-    known = {
+    known: dict[Path, str] = {
         Path.home(): "~",
         Path(__file__).parent.parent: "SD3 Workbench",
         Path(folder_paths.base_path): "ComfyUI",
         Path(folder_paths.models_dir): "models",
     }
     for kind, (folders, *_) in folder_paths.folder_names_and_paths.items():
-        known |= {Path(folder): known.get(Path(folder), kind) for folder in folders}
+        known = {Path(folder): str(kind) for folder in folders} | known
     for kind in ("output", "input", "temp", "user"):
         known[Path(getattr(folder_paths, f"get_{kind}_directory")())] = kind
     known |= {path.resolve(): name for path, name in known.items()}

@@ -29,7 +29,7 @@ from ..checkpoints.header import read_header
 from ..checkpoints.save import save_bytes, save_tensors, writing
 from ..checkpoints.tensors import read_tensors
 from ..errors import CheckpointError, cut, quoted
-from ..reading import LARGEST_TEXT, read_regular
+from ..reading import LARGEST_TEXT, open_regular, read_regular
 from .contents import Contents, changes, read_contents, write_contents
 from .entries import checksum
 
@@ -295,12 +295,14 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    with open_regular(path) as file:  # a long run's may be of any size
+        texts = file.read().decode(errors="replace").splitlines()
+    for text in texts:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and type(line.get("step")) is int:
             found.append(line)
     return found
 
