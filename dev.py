@@ -2,6 +2,7 @@
 
 python dev.py demo [PROMPT]              make a picture and say where it lies
 python dev.py test [--all] [ARGUMENTS]   lint, types and tests; ARGUMENTS go to pytest alone
+                                         (--all adds the long tests, and plainer arithmetic)
 
 Both keep what they install in .venv beside this file. Standard library only.
 """
@@ -12,12 +13,14 @@ import argparse
 import configparser
 import contextlib
 import hashlib
+import io
 import os
 import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
@@ -36,6 +39,8 @@ CHECKERS = (
     "basedpyright==1.40.2",
     "playwright==1.65.2",
 )
+# The oldest processor that is served: no AVX-512 and no bfloat16 products, sums in another order.
+PLAIN_ARITHMETIC = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "AVX2"}
 # Two processes, as each starts servers and browsers besides; conftest.py says what stays together.
 SIDE_BY_SIDE = ("-n", "2")
 ORACLES = (
@@ -154,7 +159,9 @@ def prepare(purpose: str) -> None:
 def create_environment() -> None:
     print(f"creating {VENV}", flush=True)
     found_something = VENV.exists()
-    made = subprocess.run([sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True)
+    made = subprocess.run(
+        [sys.executable, "-m", "venv", str(VENV)], capture_output=True, text=True, errors="replace"
+    )
     if made.returncode:
         if not found_something:
             shutil.rmtree(VENV, ignore_errors=True)  # half an environment would pass for a whole
@@ -222,12 +229,15 @@ def environment() -> dict[str, str]:
     return variables
 
 
-def run(arguments: Sequence[str], threads: int | None = None) -> int:
+def run(
+    arguments: Sequence[str], threads: int | None = None, settings: Mapping[str, str] | None = None
+) -> int:
     """Run the environment's Python in the project's folder; returns the exit status.
 
     threads: of PyTorch's arithmetic; None leaves the choice to PyTorch.
+    settings: environment variables of this run alone.
     """
-    variables = environment()
+    variables = {**environment(), **(settings or {})}
     if threads:
         variables.setdefault("OMP_NUM_THREADS", str(threads))
     command = [str(PYTHON), *arguments]
@@ -243,10 +253,13 @@ def stages(everything: bool, pytest_arguments: Sequence[str]) -> dict[str, list[
     pytest = ["-m", "pytest", "-q", *markers]
     if pytest_arguments:
         return {"tests": [*pytest, *pytest_arguments]}
+    apart = ["--ignore", "tests/browser", "--ignore", "tests/server"]  # they start programs
+    plain = ["-m", "pytest", "-q", "-m", "not long", *apart, *SIDE_BY_SIDE]
     return {
         "lint": ["-m", "ruff", "check", "."],
         "format": ["-m", "ruff", "format", "--check", "."],
         "types": ["-m", "basedpyright", "--pythonpath", str(PYTHON)],
+        **({"plain": plain} if everything else {}),
         "tests": [*pytest, *SIDE_BY_SIDE],  # last, so that their own count closes the log
     }
 
@@ -272,7 +285,8 @@ def test(everything: bool, pytest_arguments: Sequence[str]) -> int:
     lines, failed = [line], []
     for name, arguments in stages(everything, pytest_arguments).items():
         # The tests' networks are so small that threads would mostly wait for each other.
-        status, line = timed(name, lambda arguments=arguments: run(arguments, threads=1))
+        settings = PLAIN_ARITHMETIC if name == "plain" else None
+        status, line = timed(name, partial(run, arguments, threads=1, settings=settings))
         lines.append(line)
         if status:
             failed.append(name)
@@ -313,6 +327,9 @@ def demo(prompt: str) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a narrow code page must not end a command
+            stream.reconfigure(errors="backslashreplace")
     parser = argparse.ArgumentParser(
         prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -322,7 +339,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "prompt", nargs="*", metavar="PROMPT", default=["two red circles left of a blue square"]
     )
     test_parser = commands.add_parser("test", help="lint, types and tests")
-    test_parser.add_argument("--all", action="store_true", help="also the tests marked long")
+    test_parser.add_argument(
+        "--all", action="store_true", help="also the tests marked long, and plainer arithmetic"
+    )
     known, rest = parser.parse_known_args(arguments)
     if rest and known.command != "test":
         parser.error(f"unknown arguments: {' '.join(rest)}")

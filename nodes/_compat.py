@@ -1,8 +1,10 @@
 """One code for ComfyUI 0.3.64 and 0.33: what differs is asked for by name, never by version."""
 
 import dataclasses
+import functools
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import comfy.model_management
@@ -69,23 +71,46 @@ def quantised_layers() -> bool:
     return hasattr(comfy.ops, "mixed_precision_ops")
 
 
-def weights_of(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of one of ComfyUI's layers, patches and all, on the device of `like`.
+@functools.cache
+def wants_back(cast: Callable[..., Any]) -> bool:
+    """Whether this ComfyUI's cast_bias_weight lends buffers that it wants to have back."""
+    return "offloadable" in inspect.signature(cast).parameters
 
-    Copies: what ComfyUI lends lies in buffers that it fills anew for the next layer.
+
+@contextmanager
+def lent(layer: nn.Module, like: Tensor) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """Weight and bias of one of ComfyUI's layers, patches and all, as a call with `like` has them.
+
+    They lie in buffers that ComfyUI fills anew for the next layer.
     """
     cast = comfy.ops.cast_bias_weight
-    if "offloadable" not in inspect.signature(cast).parameters:
-        return copied(*cast(layer, like)[:2])
-    weight, bias, lent = cast(layer, like, offloadable=True)
+    if not wants_back(cast):
+        weight, bias = cast(layer, like)[:2]
+        yield weight, bias
+        return
+    weight, bias, loan = cast(layer, like, offloadable=True)
     try:
-        return copied(weight, bias)
+        yield weight, bias
     finally:
-        comfy.ops.uncast_bias_weight(layer, weight, bias, lent)
+        comfy.ops.uncast_bias_weight(layer, weight, bias, loan)
 
 
-def copied(weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    return weight.clone(), None if bias is None else bias.clone()
+def weights_of(layer: nn.Module, like: Tensor) -> tuple[Tensor, Tensor | None]:
+    """A copy of what is lent."""
+    with lent(layer, like) as (weight, bias):
+        return weight.clone(), None if bias is None else bias.clone()
+
+
+def lending_layers() -> tuple[type, ...]:
+    """The layers of comfy.ops that do nothing but use the weights that they are lent."""
+    kinds = (comfy.ops.disable_weight_init, comfy.ops.manual_cast)
+    return tuple(getattr(kind, name) for kind in kinds for name in ("Linear", "RMSNorm"))
+
+
+def free_memory(patcher: Any, device: torch.device) -> int:
+    """Bytes that ComfyUI would give to work on a device, those of weights it may page out too."""
+    asked = getattr(patcher, "get_free_memory", comfy.model_management.get_free_memory)
+    return asked(device)
 
 
 def intermediate_dtype() -> torch.dtype:

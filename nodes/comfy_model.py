@@ -6,7 +6,8 @@ So they are offloaded, paged, kept in fp8, patched by LoRAs and interrupted like
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,16 +25,35 @@ import comfy.supported_models
 import torch
 from torch import Tensor
 
+from ..sd3_core.checkpoints.family import model_preset
 from ..sd3_core.checkpoints.layouts import Component
 from ..sd3_core.checkpoints.load import CONVERTED_AT_MOST, read_config, read_state_dict
+from ..sd3_core.checkpoints.products import Product, read_products
 from ..sd3_core.models.cast import cast
 from ..sd3_core.models.mmdit import MMDiT, MMDiTConfig, Tokens
 from ..sd3_core.models.vae import VAE, VAEConfig
-from ..sd3_core.settings import model_preset
 from ..sd3_core.speed import stripes
-from ._compat import archive_dtypes, make_patcher, quantised_layers, weights_of
-from .comfy_speed import RUN, watch_runs
-from .comfy_table import WEIGHTS, Tabled, TabledPatcher, forget_table, weights_in_force, with_table
+from ..sd3_core.speed.modulation import tabled_layers
+from ._compat import (
+    archive_dtypes,
+    free_memory,
+    inference_dtype,
+    lending_layers,
+    lent,
+    make_patcher,
+    quantised_layers,
+    weights_of,
+)
+from .comfy_speed import watch_runs
+from .comfy_table import (
+    LOOKED_UP,
+    WEIGHTS,
+    Tabled,
+    TabledPatcher,
+    forget_table,
+    looked_up,
+    weights_in_force,
+)
 
 WEIGHT_DTYPES = {
     "bf16": torch.bfloat16,
@@ -60,12 +80,20 @@ class TypedOps:
     embedding_dtype: torch.dtype = torch.float32  # token ids do not tell that of the computation
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
-        return partial(getattr(self.operations, name), dtype=self.dtype)
+        return partial(make_layer, getattr(self.operations, name), dtype=self.dtype)
 
     def Embedding(self, rows: int, width: int) -> Any:  # noqa: N802
         layer = self.operations.Embedding(rows, width, dtype=self.dtype)
         layer.forward = partial(layer.forward, out_dtype=self.embedding_dtype)
         return layer
+
+
+def make_layer(kind: Any, *sizes: int, **named: Any) -> Any:
+    """A layer of comfy.ops; its weights are at hand for the blocks' fast ways (models/fused.py)."""
+    layer = kind(*sizes, **named)
+    if kind in lending_layers():
+        layer.lend = lent
+    return layer
 
 
 # Weights
@@ -126,6 +154,7 @@ def read_weights(component: Component, dtype: torch.dtype, keep_scaled: bool) ->
     keep_scaled: scaled fp8 layers stay as they are, with the notes by which comfy.ops knows them.
     """
     stored = read_state_dict(component)
+    products = read_products(component) if keep_scaled else {}
     state: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         module, _, end = name.rpartition(".")
@@ -135,9 +164,12 @@ def read_weights(component: Component, dtype: torch.dtype, keep_scaled: bool) ->
         if scale is None:
             state[name] = tensor if name == "pos_embed" else tensor.to(dtype)
         elif keep_scaled and scale.numel() == 1 and tensor.ndim == 2:
-            note = json.dumps({"format": FP8_NOTES[tensor.dtype]})
+            product = products.get(module, Product())
+            note = json.dumps(product.note(FP8_NOTES[tensor.dtype]))
             state[name] = tensor
             state[f"{module}.weight_scale"] = scale.reshape(())
+            if product.input_scale is not None:
+                state[f"{module}.input_scale"] = product.input_scale
             state[f"{module}.comfy_quant"] = torch.tensor(list(note.encode()), dtype=torch.uint8)
         else:
             state[name] = cast(tensor, scale, dtype)
@@ -187,11 +219,7 @@ class ComfyMMDiT(MMDiT):
         ignored: what other models of ComfyUI are told as well.  Returns the velocity, like x.
         """
         options = transformer_options or {}
-        network, pooled = self, y
-        found = with_table(self, self.tabled, x, y, options)
-        if found is not None:
-            self.tabled, pooled = found
-            network = self.tabled.network_of(options.get(RUN))
+        network, pooled = options.get(LOOKED_UP) or (self, y)
         tokens = network.embed(x, timesteps, context, pooled)
         return network.unembed(run_patched(network, tokens, control or {}, options))
 
@@ -250,6 +278,14 @@ class SD3Model(comfy.model_base.SD3):
             unet_model=ComfyMMDiT,
         )
 
+    def get_dynamic_vram__units(self) -> tuple[list[Any], list[Any]]:
+        """What dynamic VRAM keeps on the card longest and shortest; the name is ComfyUI's.
+
+        By itself it ranks layers by size: the adaLN layers, the largest, would stay although a
+        table stands in for them, and others would be carried to the card in every step.
+        """
+        return [], tabled_layers(self.diffusion_model)
+
     def _apply_model(  # pyright: ignore[reportIncompatibleMethodOverride]
         self,
         x: Tensor,
@@ -260,8 +296,10 @@ class SD3Model(comfy.model_base.SD3):
         transformer_options: Mapping[str, Any] | None = None,
         **conditions: Any,
     ) -> Tensor:
-        """The network is told, too, which state of its weights is in force."""
+        """The network is given its modulations, where a table has them."""
         options = {**(transformer_options or {}), WEIGHTS: weights_in_force(self.current_patcher)}
+        dtype, pooled = inference_dtype(self), conditions.get("y")
+        options[LOOKED_UP] = looked_up(self, x, t, pooled, dtype, options)
         return super()._apply_model(x, t, c_concat, c_crossattn, control, options, **conditions)
 
 
@@ -299,20 +337,20 @@ def make_model(component: Component, weight_dtype: str = AUTO, plain: bool = Fal
 class ComfyVAE(VAE):
     """The core's VAE by the two calls that comfy.sd.VAE makes."""
 
+    owner: Callable[[], Any] = staticmethod(lambda: None)  # weak: the patcher that has this network
+
     def encode(self, images: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
         """The mean, as ComfyUI takes it; VAE space."""
         return super().encode(images).mean
 
     def decode(self, latents: Tensor, **ignored: Any) -> Tensor:
-        if not stripes.is_large(self.config, latents.shape, latents.dtype):
-            return super().decode(latents)
-        each = [stripes.decode_in_stripes(self.decoder, one[None], cast_norm) for one in latents]
-        return torch.cat(each)
+        free = free_memory(self.owner(), latents.device)
+        return stripes.decode(self, latents, free, cast_norm)[0]
 
 
-def cast_norm(norm: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+def cast_norm(norm: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Weight and bias of one of ComfyUI's layers, wherever it keeps them."""
-    weight, bias = weights_of(norm, x)
+    weight, bias = weights_of(norm, like)
     assert bias is not None
     return weight, bias
 
@@ -336,6 +374,7 @@ class SD3VAE(comfy.sd.VAE):
             super().__init__(sd={})  # sets what this version of ComfyUI expects
         config = read_config(component)
         assert isinstance(config, VAEConfig)
+        self.vae_config = config
         manager = comfy.model_management
         self.device = manager.vae_device()
         self.vae_dtype = manager.vae_dtype(self.device, self.working_dtypes)
@@ -343,13 +382,7 @@ class SD3VAE(comfy.sd.VAE):
         self.latent_channels = config.latent_channels
         self.downscale_ratio = self.upscale_ratio = config.factor
         self.size = None
-        plainly = self.memory_used_decode
-
-        def memory_used(shape: Any, dtype: torch.dtype) -> int:
-            large = stripes.is_large(config, shape, dtype)
-            return stripes.memory_needed(config, shape, dtype) if large else plainly(shape, dtype)
-
-        self.memory_used_decode = memory_used
+        del self.memory_used_decode  # ours is the method below
         operations = comfy.ops.pick_operations(self.vae_dtype, self.vae_dtype)
         with torch.device("meta"):
             network = ComfyVAE(config, TypedOps(operations, self.vae_dtype), vae_attention)
@@ -359,6 +392,16 @@ class SD3VAE(comfy.sd.VAE):
         self.patcher = make_patcher(
             self.first_stage_model, self.device, manager.vae_offload_device(), plain
         )
+        network.owner = weakref.ref(self.patcher)
+
+    def memory_used_decode(  # pyright: ignore[reportIncompatibleVariableOverride]
+        self, shape: Sequence[int], dtype: torch.dtype
+    ) -> int:
+        """Bytes beside the weights for one picture, cut as the memory that is free now allows."""
+        unloaded = max(0, self.patcher.model_size() - self.patcher.loaded_size())
+        free = free_memory(self.patcher, self.device) - unloaded
+        how = stripes.cut(self.vae_config, (1, *shape[1:]), dtype, free)
+        return stripes.memory_needed(self.vae_config, shape, dtype, how)
 
 
 @contextmanager

@@ -18,14 +18,14 @@ from torch import Tensor
 from ..sd3_core.schedule import ALWAYS, Schedule, Window, per_image
 from ..sd3_core.speed.gains import NOT_ASKED, Gain, asked, fused_kernels, sentence
 from ..sd3_core.speed.step_cache import StepCache, relative_rms
-from .comfy_table import obstacle
+from .comfy_levels import Levels, calls_once_a_step
+from .comfy_table import RUN, obstacle
 
 KEY = "sd3_speed"  # in transformer_options: Speed; also the wrappers' name
-RUN = "sd3_run"  # in transformer_options during a run: Run
 FOREIGN = "it was not loaded by SD3 Workbench"
 HOOKED = "hooks may change its weights within a run"
 OWN_SCALES = "this guider has scales of its own"
-CALLBACK = 5  # its place among outer_sample's arguments
+SAMPLER, SIGMAS, CALLBACK = 2, 3, 5  # their places among outer_sample's arguments
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ class Run:
 
     asked: Speed
     window: Window  # in which cfg holds
+    levels: Levels
     hooked: bool  # whether weights may change on the way
     guidable: bool = True  # whether cfg is the guider's scale
     plain: bool = False  # nothing of it acts: the run that the distance is measured from
@@ -100,22 +101,42 @@ def watch_runs(patcher: Any) -> None:
 def around_run(executor: Callable[..., Tensor], *arguments: Any, **more: Any) -> Tensor:
     """OUTER_SAMPLE: once around a run, which returns its latents."""
     guider: Any = executor.class_obj  # pyright: ignore[reportFunctionMemberAccess]
-    options = guider.model_options.setdefault("transformer_options", {})
-    wanted = options.get(KEY, OFF)
+    wanted = guider.model_options.get("transformer_options", {}).get(KEY, OFF)
     plain = None
     if wanted.measure and wanted.approximates:
-        conds = {name: [one.copy() for one in every] for name, every in guider.conds.items()}
-        options[RUN] = begun(guider, wanted, plain=True)
         positional, named = without_callback(arguments, more)
-        plain = executor(*positional, **named)
-        guider.conds = conds
-    run = options[RUN] = begun(guider, wanted)
-    latents = executor(*arguments, **more)
+        plain, _ = carried_out(executor, wanted, positional, named, plain=True)
+    latents, run = carried_out(executor, wanted, arguments, more)
     distance = None if plain is None else relative_rms(latents, plain)
     told = Told(gains_of(run, guider.model_patcher), distance)
     RUNS.last[guider.model_patcher.model] = told
     logging.info("SD3 Workbench: %s", told.sentence())
     return latents
+
+
+def carried_out(
+    executor: Callable[..., Tensor],
+    wanted: Speed,
+    arguments: tuple[Any, ...],
+    more: dict[str, Any],
+    plain: bool = False,
+) -> tuple[Tensor, Run]:
+    """The latents of a run, and what it did; the guider's conds are those from before."""
+    guider: Any = executor.class_obj  # pyright: ignore[reportFunctionMemberAccess]
+    options = guider.model_options.setdefault("transformer_options", {})
+    conds = guider.conds
+    sampler = more["sampler"] if "sampler" in more else arguments[SAMPLER]
+    sigmas = more["sigmas"] if "sigmas" in more else arguments[SIGMAS]
+    steps, in_order = sigmas[:-1].float().tolist(), calls_once_a_step(sampler)
+    for levels in (Levels(steps, in_order), Levels(steps, trusting=False)):
+        guider.conds = {name: [one.copy() for one in every] for name, every in conds.items()}
+        run = options[RUN] = begun(guider, wanted, levels, plain)
+        latents = executor(*arguments, **more)
+        if not levels.misled():
+            break
+        logging.info("SD3 Workbench: this sampler's noise levels are not the steps'; once more.")
+    guider.conds = conds
+    return latents, run
 
 
 def without_callback(
@@ -127,13 +148,13 @@ def without_callback(
     return tuple(None if n == CALLBACK else one for n, one in enumerate(arguments)), more
 
 
-def begun(guider: Any, wanted: Speed, plain: bool = False) -> Run:
+def begun(guider: Any, wanted: Speed, levels: Levels, plain: bool = False) -> Run:
     sampling = guider.model_patcher.get_model_object("model_sampling")
     schedule = Schedule(float(getattr(sampling, "shift", 3.0)))
     guidable = not hasattr(guider, "cfg2")  # as DualCFGGuider, which never looks at cfg
     cut = guidable and not plain
     window = schedule.window(wanted.cfg_start, wanted.cfg_end) if cut else ALWAYS
-    return Run(wanted, window, has_hooks(guider), guidable, plain)
+    return Run(wanted, window, levels, has_hooks(guider), guidable, plain)
 
 
 def has_hooks(guider: Any) -> bool:
@@ -145,10 +166,12 @@ def around_step(
 ) -> Tensor:
     """PREDICT_NOISE: x [B, C, H, W] at sigma [B] -> x0, whatever ComfyUI calls it."""
     guider: Any = executor.class_obj  # pyright: ignore[reportFunctionMemberAccess]
-    run: Run | None = guider.model_options.get("transformer_options", {}).get(RUN)
+    run = run_of(guider.model_options)
+    if run is not None:
+        run.levels.enter(timestep)
     if run is None or run.plain:
         return executor(x, timestep, *more, **named)
-    level, sigma = float(timestep[0]), per_image(timestep, x)
+    level, sigma = level_in(guider.model_options, timestep), per_image(timestep, x)
     if run.asked.step_cache and not run.hooked and run.cache is None:
         run.cache = StepCache(run.asked.step_cache, [run.window, *windows_of(guider)])
     velocity = run.cache.look_up(x, level) if run.cache is not None else None
@@ -165,6 +188,16 @@ def around_step(
     if run.cache is not None:
         run.cache.keep(x, level, (x - x0) / sigma)
     return x0
+
+
+def run_of(model_options: dict[str, Any] | None) -> Run | None:
+    return (model_options or {}).get("transformer_options", {}).get(RUN)
+
+
+def level_in(model_options: dict[str, Any] | None, timestep: Tensor) -> float:
+    """The noise level of the guider's call at sigma, `timestep` [B]."""
+    run = run_of(model_options)
+    return float(timestep[0]) if run is None else run.levels.of(timestep)
 
 
 def windows_of(guider: Any) -> Iterator[Window]:
@@ -190,7 +223,7 @@ def gains_of(run: Run, patcher: Any) -> tuple[Gain, ...]:
     wanted = run.asked
     why = why_no_table(run, patcher)
     pages = bool(getattr(patcher, "is_dynamic", bool)())
-    leave = "its weights are paged out" if pages else "its weights are the first to make room"
+    leave = "ComfyUI pages its weights" if pages else "its weights are the first to make room"
     ours = hasattr(patcher.model.diffusion_model, "tabled")
     spanned_cfg = (wanted.cfg_start, wanted.cfg_end) != (0.0, 1.0)
     guided = f"cfg in {run.guided} of {run.evaluations} evaluations"

@@ -5,7 +5,7 @@ ComfyUI tells a network its noise levels beforehand ("sample_sigmas") and names 
 run, the network computes its modulations in every step as before.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -14,12 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from ..sd3_core.models.mmdit import MMDiT
-from ..sd3_core.schedule import Schedule
 from ..sd3_core.speed.fp8 import in_float8
 from ..sd3_core.speed.modulation import ModulationTable, TabledMMDiT, is_tabled, with_parts
 from ._compat import weights_of
 
 WEIGHTS = "sd3_weights"  # in transformer_options: weights_in_force
+RUN = "sd3_run"  # in transformer_options during a run: comfy_speed.Run
+LOOKED_UP = "sd3_looked_up"  # in transformer_options: the network to call, and rows of its table
+LEVELS = "sd3_levels"  # there, too, for a run in parts: the noise levels of all of them
 
 
 def weights_in_force(patcher: Any) -> Any:
@@ -38,14 +40,25 @@ def obstacle(patcher: Any) -> str:
     return ""
 
 
+class LookedUp(TabledMMDiT):
+    """It takes rows of the table, looked up before it is called.
+
+    So that torch.compile sees no look-up: for each noise level it would compile the network anew.
+    """
+
+    def time_and_text(self, timestep: Tensor, pooled: Tensor, dtype: torch.dtype) -> Tensor:
+        """pooled: rows [B, width], of this dtype."""
+        return pooled
+
+
 class Tabled:
     """A network with the table of one state of its weights, through one run after the other."""
 
-    def __init__(self, model: MMDiT, state: tuple[Any, ...], x: Tensor):
-        """state: what the table holds for.  x: an input, for its device and dtype."""
+    def __init__(self, model: MMDiT, state: tuple[Any, torch.device, torch.dtype]):
+        """state: what the table holds for: weights, and where and in what it computes."""
         self.state = state
-        table = ModulationTable(model, [], x.device, x.dtype, call=called_plainly)
-        self.network = TabledMMDiT(table)
+        table = ModulationTable(model, [], *state[1:], call=called_plainly)
+        self.network = LookedUp(table)
         self.sigmas: Tensor | None = None
         self.numbers: dict[Any, list[int]] = {}  # uuid -> its prompts in the table
         self.calls = 0  # of the network, so far
@@ -67,20 +80,21 @@ class Tabled:
             self.float8 = with_parts(network, {"joint_blocks": blocks})
         return self.float8  # pyright: ignore[reportReturnType]
 
-    def begin(self, sigmas: Tensor) -> None:
-        """A run over these noise levels, if it is another one."""
+    def begin(self, sigmas: Tensor, timesteps: Callable[[], list[float]]) -> None:
+        """A run over these noise levels, if it is another one; timesteps: of its steps."""
         if self.sigmas is not sigmas:
             self.sigmas, self.numbers = sigmas, {}
-            self.network.table.begin(Schedule.timestep(sigmas[:-1].float()).tolist())
+            self.network.table.begin(timesteps())
 
-    def number(self, pooled: Tensor, uuids: list[Any]) -> Tensor:
-        """pooled [B, Dp], an equal share for each uuid -> numbers [B, 1]."""
-        numbers = []
+    def rows(self, timesteps: list[float], pooled: Tensor, uuids: list[Any]) -> Tensor:
+        """timesteps [B]; pooled [B, Dp], an equal share for each uuid -> rows [B, width]."""
+        numbers: list[int] = []
         for uuid, own in zip(uuids, pooled.chunk(len(uuids)), strict=True):
             if len(self.numbers.get(uuid, ())) != len(own):
                 self.numbers[uuid] = self.network.table.number(own)
             numbers += self.numbers[uuid]
-        return torch.tensor(numbers)[:, None]
+        batch = list(zip(timesteps, numbers, strict=True))
+        return self.network.table.look_up(batch, self.network.table.values.dtype)
 
 
 def called_plainly(layer: nn.Module, x: Tensor) -> Tensor:
@@ -88,21 +102,41 @@ def called_plainly(layer: nn.Module, x: Tensor) -> Tensor:
     return layer(x)
 
 
-def with_table(
-    model: MMDiT, known: Tabled | None, x: Tensor, pooled: Tensor, options: Mapping[str, Any]
-) -> tuple[Tabled, Tensor] | None:
+def looked_up(
+    model: Any,
+    x: Tensor,
+    sigma: Tensor,
+    pooled: Tensor | None,
+    dtype: torch.dtype,
+    options: Mapping[str, Any],
+) -> tuple[MMDiT, Tensor] | None:
     """The network to call, and what it takes for `pooled`; None where no table will do.
 
-    known: that of the last call.
+    model: a BaseModel.  x [B, C, H, W]; sigma [B]; pooled [B, Dp].  dtype: of the computation.
     """
     weights, sigmas, uuids = (options.get(key) for key in (WEIGHTS, "sample_sigmas", "uuids"))
-    if weights is None or sigmas is None or not uuids or torch.is_grad_enabled():
+    whole = options.get(LEVELS)
+    if weights is None or sigmas is None or not uuids or pooled is None or torch.is_grad_enabled():
         return None
-    state = (weights, x.device, x.dtype)
-    tabled = known if known is not None and known.state == state else Tabled(model, state, x)
-    tabled.begin(sigmas)
+    network = getattr(model.diffusion_model, "_orig_mod", model.diffusion_model)  # torch.compile's
+    state = (weights, x.device, dtype)
+    tabled: Tabled | None = network.tabled
+    if tabled is None or tabled.state != state:
+        tabled = network.tabled = Tabled(network, state)
+    run = options.get(RUN)
+
+    def timesteps(levels: Tensor) -> list[float]:
+        return model.model_sampling.timestep(levels).float().tolist()
+
+    if whole is not None:
+        sigmas, steps = whole, whole[:-1]
+    else:
+        steps = sigmas[:-1] if run is None else torch.tensor(run.levels.steps)
+    tabled.begin(sigmas, partial(timesteps, steps))
     tabled.calls += 1
-    return tabled, tabled.number(pooled, uuids)
+    level = None if run is None else run.levels.believe(sigma)
+    here = timesteps(sigma if level is None else torch.full(sigma.shape, level))
+    return tabled.network_of(run), tabled.rows(here, pooled, uuids)
 
 
 def forget_table(patcher: Any, leaves: bool = True) -> None:

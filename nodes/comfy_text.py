@@ -23,8 +23,7 @@ from ..sd3_core.generate import stored_files
 from ..sd3_core.models.clip import CLIPConfig, CLIPTextModel
 from ..sd3_core.models.mmdit import MMDiTConfig
 from ..sd3_core.models.t5 import T5Config, T5Encoder
-from ..sd3_core.settings import RELEASED_WINDOW
-from ..sd3_core.text.encoders import ENCODERS, TITLES
+from ..sd3_core.text.encoders import ENCODERS, RELEASED_WINDOW, TITLES
 from ..sd3_core.text.tokenizers import Tokenizer
 from ..sd3_core.text.vocabularies import find_tokenizers
 from .comfy_model import (
@@ -316,19 +315,14 @@ class TextWidths:
     window: int
 
 
-def text_widths(
-    parts: Mapping[str, Component], configs: Mapping[str, Any], mmdit: MMDiTConfig | None
-) -> TextWidths:
+def text_widths(configs: Mapping[str, Any], mmdit: MMDiTConfig | None) -> TextWidths:
     """What the encoders make together; the MMDiT of the same file tells it surely.
 
-    Raises CheckpointError when the CLIPs do not go together.
+    window: the smallest of the CLIPs', 77 at most: a Long-CLIP lengthens neither the part that it
+    shares with another CLIP, nor T5's.
     """
     clips = [configs[kind] for kind in ("clip_l", "clip_g") if kind in configs]
-    windows = {config.window for config in clips}
-    if len(windows) > 1:
-        names = " and ".join(parts[kind].file.name for kind in ("clip_l", "clip_g"))
-        raise CheckpointError(f"{names}: their windows differ ({windows}): different models.")
-    window = windows.pop() if windows else RELEASED_WINDOW
+    window = min([*(config.window for config in clips), RELEASED_WINDOW])
     if mmdit is not None:
         return TextWidths(mmdit.context_dim, mmdit.pooled_dim, window)
     both = sum(config.pooled_dim for config in clips) if len(clips) == 2 else RELEASED_POOLED
@@ -366,7 +360,7 @@ def make_clip(
     files = tokenizer_files(part.file for part in parts.values())
     tokenizers = find_tokenizers(ENCODERS, checkpoint=files or None)
     configs = {kind: read_config(part) for kind, part in parts.items()}
-    widths = text_widths(parts, configs, mmdit)
+    widths = text_widths(configs, mmdit)
     encoders = {
         kind: make_encoder(kind, part, getattr(tokenizers, kind), weight_dtype)
         for kind, part in parts.items()
@@ -378,7 +372,7 @@ def make_clip(
                 kind,
                 getattr(tokenizers, kind),
                 width_of(configs.get(kind)),
-                widths.window,
+                getattr(configs.get(kind), "window", widths.window),
                 embeddings,
             )
             for kind in ENCODERS

@@ -21,14 +21,15 @@ from torch import Tensor
 
 from ..sd3_core.checkpoints.save import sweep, temporary_name
 from ..sd3_core.errors import cut, quoted
-from ..sd3_core.training.folders import Source, list_pictures
-from ..sd3_core.training.preferences import CHOSEN, REJECTED, list_pairs
-from ..sd3_core.training.report import some_names
+from ..sd3_core.plain_text import check_whole
+from ..sd3_core.training.folders import LINES, Listing, Source, lines_of, list_pictures
+from ..sd3_core.training.preferences import CHOSEN, REJECTED, PairListing, list_pairs
+from ..sd3_core.training.report import by_value, first_lines, left_out_told, lines_told, some_names
 from ._compat import advanced, schema
 from .comfy_text import tokenizer_files
 from .errors import NodeError, coded
 from .text import is_changed
-from .wires import CATEGORY, describe_file, origin_of, report
+from .wires import CATEGORY, checked_images, describe_file, origin_of, report
 
 DATASET, PREFERENCES = "SD3_DATASET", "SD3_PREFERENCES"
 SHOWN = 5  # captions in a report
@@ -119,7 +120,7 @@ def data_fingerprint(name: str) -> str:
     """Changes when a file in the folder does."""
     path = find_data(name)
     files = [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-    digest = hashlib.sha256(str(path).encode())
+    digest = hashlib.sha256(os.fsencode(path))
     for file in files:
         state = file.stat()
         digest.update(repr((str(file), state.st_size, state.st_mtime_ns)).encode())
@@ -187,7 +188,10 @@ def keep_pictures(images: Mapping[str, Tensor], captions: Sequence[str]) -> Path
     keeps them; the folder is named by its content.  Not in ComfyUI's temporary folder, which is
     emptied when it starts: a run must be able to go on.
     """
-    levels = {side: as_levels(batch) for side, batch in images.items()}
+    for caption in captions:
+        with coded("bad_setting"):
+            check_whole(caption, "captions")
+    levels = {side: as_levels(side or "images", batch) for side, batch in images.items()}
     content = hashlib.sha256(repr(list(captions)).encode())
     for side, batch in levels.items():
         content.update(repr((side, batch.shape)).encode() + batch.tobytes())
@@ -212,13 +216,14 @@ def keep_pictures(images: Mapping[str, Tensor], captions: Sequence[str]) -> Path
     return folder
 
 
-def as_levels(images: Tensor) -> np.ndarray:
+def as_levels(name: str, images: Tensor) -> np.ndarray:
+    images = checked_images(name, images)
     return (images.detach().float().cpu().numpy() * 255).round().clip(0, 255).astype(np.uint8)
 
 
 def caption_of_each(captions: str, count: int) -> list[str]:
     """A line for each picture, or one line for all.  Raises NodeError."""
-    lines = [line.strip() for line in captions.splitlines() if line.strip()]
+    lines = [line.strip() for line in lines_of(captions) if line.strip()]
     if len(lines) <= 1:
         return (lines or [""]) * count
     if len(lines) != count:
@@ -252,6 +257,28 @@ def encoder_inputs() -> list[Any]:
         io.Clip.Input("clip", tooltip="The text encoders that read the captions; ours, plain."),
         io.Vae.Input("vae", tooltip="The VAE that encodes the pictures; ours."),
     ]
+
+
+def notes_on(listing: Listing | PairListing) -> list[str]:
+    """Pictures left out, how captions of several lines are read, and notes on files of text."""
+    listed = listing.found if isinstance(listing, Listing) else listing.pairs
+    several = by_value({one.name: one.lines for one in listed})
+    return [
+        *left_out_told(listing.left_out),
+        *lines_told(several),
+        *first_lines([*listing.notes]),
+    ]
+
+
+def lines_input() -> Any:
+    return io.Combo.Input(
+        "lines",
+        options=list(LINES),
+        default=LINES[0],
+        optional=True,
+        tooltip="What several lines of a NAME.txt are: alternatives, one of which is drawn each "
+        "time; whole: one caption, such as a captioner's paragraphs; first: the first line alone.",
+    )
 
 
 class SD3TrainingImages(io.ComfyNode):
@@ -295,6 +322,7 @@ class SD3TrainingImages(io.ComfyNode):
                                 tooltip="For the pictures of the graph: a line for each, or one "
                                 "line for all.",
                             ),
+                            lines_input(),
                         ]
                     ),
                 ],
@@ -321,6 +349,7 @@ class SD3TrainingImages(io.ComfyNode):
         repeats: int = 1,
         images: Tensor | None = None,
         captions: str = "",
+        lines: str = LINES[0],
     ) -> io.NodeOutput:
         files = encoder_files(clip, vae)
         if bool(folder.strip()) == (images is not None):
@@ -335,16 +364,18 @@ class SD3TrainingImages(io.ComfyNode):
             with coded("bad_file"):
                 path = keep_pictures({"": images}, caption_of_each(captions, len(images)))
         with coded("bad_setting"):
-            source = Source(path, repeats)
+            source = Source(path, repeats, lines=lines)
             listing = list_pictures(source)
         if not listing.found:
-            raise NodeError("missing_file", f"{path.name}: there is no picture in it.")
+            told = "".join(f"; {line}" for line in left_out_told(listing.left_out))
+            raise NodeError("missing_file", f"{path.name}: there is no picture in it{told}.")
         texts = [one.captions[0][0] if one.captions else "" for one in listing.found]
         contents = {
             "folder": path.name,
             "pictures": len(listing.found),
             "without_caption": sum(not text for text in texts),
             "skipped": [f"{one.name}: {one.reason}" for one in listing.skipped[:SHOWN]],
+            "notes": notes_on(listing),
             "captions": list(dict.fromkeys(texts))[:SHOWN],
             "files": {kind: describe_file(file) for kind, file in files.items()},
         }
@@ -392,6 +423,7 @@ class SD3Preferences(io.ComfyNode):
                                 tooltip="For the pictures of the graph: a line for each pair, or "
                                 "one line for all.",
                             ),
+                            lines_input(),
                         ]
                     ),
                 ],
@@ -420,6 +452,7 @@ class SD3Preferences(io.ComfyNode):
         chosen: Tensor | None = None,
         rejected: Tensor | None = None,
         captions: str = "",
+        lines: str = LINES[0],
     ) -> io.NodeOutput:
         files = encoder_files(clip, vae)
         if folder.strip() and (chosen is not None or rejected is not None):
@@ -430,7 +463,8 @@ class SD3Preferences(io.ComfyNode):
             )
         path = find_data(folder) if folder.strip() else keep_pairs(chosen, rejected, captions)
         with coded("bad_setting"):
-            listing = list_pairs(Source(path))
+            source = Source(path, lines=lines)
+            listing = list_pairs(source)
         if path.is_file():  # what it names lies beside it, in a folder of anything
             check_links(
                 path.parent, (one for pair in listing.pairs for one in (pair.chosen, pair.rejected))
@@ -446,9 +480,10 @@ class SD3Preferences(io.ComfyNode):
             "pairs": len(listing.pairs),
             "ties": listing.ties,
             "skipped": [f"{one.name}: {one.reason}" for one in listing.skipped[:SHOWN]],
+            "notes": notes_on(listing),
             "captions": list(
                 dict.fromkeys(text for pair in listing.pairs for text in pair.captions[:1])
             )[:SHOWN],
             "files": {kind: describe_file(file) for kind, file in files.items()},
         }
-        return io.NodeOutput(TrainingData(Source(path), files), ui=report(contents))
+        return io.NodeOutput(TrainingData(source, files), ui=report(contents))

@@ -8,12 +8,16 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sd3_core.presets import MEGAPIXEL
+from ..sd3_core.sizes import Fit
 from ._compat import advanced, intermediate_dtype, schema
 from .errors import NodeError, coded
 from .progress import Meter, check_finite
 from .wires import (
     CATEGORY,
+    LATENT_FACTOR,
     NATIVE_PIXELS,
+    check_numbers,
+    checked_images,
     empty_latent,
     fitted_mask,
     origin_of,
@@ -202,6 +206,12 @@ class SD3VAEEncode(io.ComfyNode):
     @classmethod
     def execute(cls, pixels: Tensor, vae: Any, mask: Tensor | None = None) -> io.NodeOutput:
         check_vae(vae)
+        pixels = checked_images("pixels", pixels)
+        fit = whole_latents(pixels)
+        notes = [fit.note("The picture")]
+        if mask is not None:
+            check_numbers("mask", mask)
+            notes.append(fit.note_on_mask("The mask", (mask.shape[-1], mask.shape[-2])))
         meter = Meter(vae.device)
         samples = vae.encode(pixels)
         with coded("bad_setting"):
@@ -209,5 +219,27 @@ class SD3VAEEncode(io.ComfyNode):
         latent: dict[str, Any] = without_ratios({"samples": samples})
         if mask is not None:
             latent["noise_mask"] = fitted_mask(mask, pixels.shape[1], pixels.shape[2])
-        contents = {"latent": list(samples.shape), "masked": mask is not None}
+        contents = {
+            "width": fit.size[0],
+            "height": fit.size[1],
+            "latent": list(samples.shape),
+            "masked": mask is not None,
+            "notes": list(filter(None, notes)),
+        }
         return io.NodeOutput(latent, ui=report({**contents, **meter.reading()}))
+
+
+def whole_latents(pixels: Tensor) -> Fit:
+    """How ComfyUI cuts pictures [B, H, W, C] before it encodes them.  Raises NodeError."""
+    picture = (pixels.shape[2], pixels.shape[1])
+    if min(picture) < LATENT_FACTOR:
+        raise NodeError(
+            "bad_setting",
+            f"the picture is {picture[0]} x {picture[1]} pixels, and one of a latent's stands for "
+            f"{LATENT_FACTOR} x {LATENT_FACTOR}: scale it up first.",
+        )
+    size = (
+        picture[0] // LATENT_FACTOR * LATENT_FACTOR,
+        picture[1] // LATENT_FACTOR * LATENT_FACTOR,
+    )
+    return Fit.of(picture, size, LATENT_FACTOR)

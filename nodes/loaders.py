@@ -8,11 +8,12 @@ from typing import Any
 import folder_paths
 from comfy_api.latest import io
 
+from ..sd3_core.checkpoints.family import model_preset
 from ..sd3_core.checkpoints.layouts import SUPPLIERS, Component
 from ..sd3_core.checkpoints.load import component_of, read_config
 from ..sd3_core.errors import CheckpointError
 from ..sd3_core.models.mmdit import MMDiTConfig
-from ..sd3_core.settings import check_sizes, model_preset
+from ..sd3_core.settings import check_sizes
 from ..sd3_core.text.encoders import ENCODERS
 from ._compat import advanced, inference_dtype, schema, set_reload
 from .comfy_model import AUTO, SD3VAE, WEIGHT_DTYPES, make_model

@@ -27,7 +27,7 @@ from ..sd3_core.training.run import named_folder
 from ._compat import advanced, schema
 from .errors import NodeError, coded, without_places
 from .threads import in_thread
-from .wires import CATEGORY, loras_on, origin_of, report
+from .wires import CATEGORY, checked_images, loras_on, origin_of, report
 
 HOME = "sd3_picks"  # in ComfyUI's output folder
 ADDRESS = "/sd3_workbench/picks/{name}"
@@ -189,7 +189,7 @@ def add_candidates(
     models: tuple[str, str],
 ) -> list[Group]:
     """Raises NodeError and PickRefused for pictures that cannot be compared."""
-    own = [png(pixels) for pixels in images]
+    own = [png(pixels) for pixels in checked_images("images", images)]
     if rivals is None:
         if len(own) < 2:
             raise NodeError(
@@ -211,7 +211,7 @@ def add_candidates(
         raise NodeError(
             "bad_setting", f"label_a and label_b are both {quoted(arms[0])}; name them apart."
         )
-    pairs = zip(own, map(png, rivals), strict=True)
+    pairs = zip(own, map(png, checked_images("images_b", rivals)), strict=True)
     each = models if models[0] != models[1] else ()
     model = "" if each else models[0]
     return [

@@ -18,16 +18,14 @@ import comfy.samplers
 import comfy.utils
 import latent_preview
 import torch
-from comfy.k_diffusion.sampling import default_noise_sampler
 from comfy_api.latest import io
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from ..sd3_core.errors import quoted
-from ..sd3_core.guidance import SkipLayers, check_layers, skip_layer_guidance
-from ..sd3_core.noise import FreshNoise, noise
+from ..sd3_core.guidance import SkipLayers, check_layers, note_on_cfg, skip_layer_guidance
+from ..sd3_core.noise import noise
 from ..sd3_core.presets import MEGAPIXEL
-from ..sd3_core.samplers import SAMPLERS, Fresh
+from ..sd3_core.samplers import SAMPLERS
 from ..sd3_core.schedule import (
     ALWAYS,
     SCHEDULERS,
@@ -35,13 +33,14 @@ from ..sd3_core.schedule import (
     Window,
     auto_shift,
     log_snr,
-    per_image,
 )
 from ._compat import advanced, fix_empty_latent, inference_dtype, intermediate_dtype, schema
 from .comfy_model import AUTO
-from .comfy_speed import last_run, watch_runs
+from .comfy_speed import last_run, level_in, watch_runs
+from .comfy_table import LEVELS
 from .errors import coded
-from .progress import Callback, Meter, check_finite, step_reporter
+from .passage import Passage, begun, check_levels, ended, leave, levels_of_all, walk
+from .progress import Meter, check_finite
 from .wires import (
     CATEGORY,
     LATENT_FACTOR,
@@ -116,7 +115,8 @@ class SD3ShiftSchedule(io.ComfyNode):
         with coded("bad_setting"):
             used = adapted_shift(shift, latent) if auto_shift else shift
             sigmas = Schedule(used).sigmas(steps, scheduler, denoise)
-        return io.NodeOutput(mark_shift(sigmas, used), ui=report(schedule_report(used, sigmas)))
+        sigmas = mark_shift(sigmas.clone(), used)  # see levels_of_all
+        return io.NodeOutput(sigmas, ui=report(schedule_report(used, sigmas)))
 
 
 def steps_input() -> Any:
@@ -184,7 +184,7 @@ class SD3Guider(comfy.samplers.CFGGuider):
         seed: int | None = None,
     ) -> Tensor:
         """x: [B, C, H, W]; timestep: sigma [B].  Returns x0, whatever ComfyUI calls it."""
-        level = float(timestep[0])
+        level = level_in(model_options, timestep)
         options = dict(model_options or {})
         if self.skip is not None and self.skip.active(level):
             after = options.get("sampler_post_cfg_function", [])
@@ -219,38 +219,7 @@ def leave_out(arguments: dict[str, Any], block: dict[str, Callable[..., Any]]) -
     return arguments
 
 
-# Steps
-
-
-def walk(
-    name: str,
-    dtype: torch.dtype,
-    model: Callable[..., Tensor],
-    x: Tensor,
-    sigmas: Tensor,
-    extra_args: dict[str, Any],
-    callback: Callback | None = None,
-    disable: bool | None = None,
-) -> Tensor:
-    """One of sd3_core's samplers by the call that comfy.samplers.KSAMPLER makes.
-
-    disable: no bar in the console.
-    """
-
-    def velocity(x: Tensor, sigma: Tensor) -> Tensor:
-        return (x - model(x, sigma, **extra_args)) / per_image(sigma, x)
-
-    fresh = fresh_noise(x, extra_args["seed"])
-    with tqdm(total=len(sigmas) - 1, disable=disable) as bar:
-        return SAMPLERS[name](velocity, x, sigmas, step_reporter(callback, dtype, bar), fresh)
-
-
-def fresh_noise(x: Tensor, seed: int) -> Fresh:
-    """The noise that KSampler's samplers add on the way, which on a GPU is drawn there."""
-    if x.device.type == "cpu":
-        return FreshNoise([seed])  # theirs knows none after the largest seed
-    draw_noise = default_noise_sampler(x, seed=seed)
-    return lambda x: draw_noise(None, None)
+# Runs
 
 
 @dataclass(frozen=True)
@@ -324,9 +293,13 @@ class SD3Sample(io.ComfyNode):
                     seed_input(),
                     cfg_input(),
                     sampler_input(),
-                    *advanced(skip_and_window_inputs()),
+                    *advanced([*skip_and_window_inputs(), *noise_inputs()]),
                 ],
-                "outputs": [io.Latent.Output(tooltip="The clean latent, for SD3 VAE Decode.")],
+                "outputs": [
+                    io.Latent.Output(
+                        tooltip="For SD3 VAE Decode; still noisy where the sigmas end above 0."
+                    )
+                ],
             }
         )
 
@@ -347,6 +320,8 @@ class SD3Sample(io.ComfyNode):
         slg_end_percent: float = 0.2,
         cfg_start_percent: float = 0.0,
         cfg_end_percent: float = 1.0,
+        add_noise: bool = True,
+        return_with_leftover_noise: bool = True,
     ) -> io.NodeOutput:
         guidance = Guidance(
             cfg=cfg,
@@ -358,22 +333,35 @@ class SD3Sample(io.ComfyNode):
         samples = check_inputs(model, positive, negative, latent_image)
         sampler_name = chosen_sampler(sampler_name, model)
         with coded("bad_setting"):
-            run = prepare(model, sigmas, sampler_name, guidance)
-            start_noise = noise(samples.shape, seed, latent_image.get("batch_index"))
+            notes = check_levels(sigmas, sampler_name)
+            start = begun(
+                samples,
+                sigmas,
+                add_noise,
+                lambda: noise(samples.shape, seed, latent_image.get("batch_index")),
+            )
+            passage = Passage(sampler_name, start.begin, levels_of_all(sigmas, add_noise))
+            run = prepare(model, sigmas, sampler_name, guidance, passage)
+            levels, said = ended(sigmas, return_with_leftover_noise)
+        notes += [*start.notes, *said, note_on_cfg(cfg)]
         run.guider.set_conds(positive, negative)
         meter = Meter(run.model.load_device)
-        x0 = draw(run, samples, start_noise, latent_image.get("noise_mask"), sigmas, seed)
+        x0 = draw(run, start.image, start.noise, latent_image.get("noise_mask"), levels, seed)
+        last = float(levels[-1]) if len(levels) else 0.0
+        x0 = leave(x0, passage.leftover(last, start.noise, start.image))
         contents = {
             "sampler": sampler_name,
             "seed": seed,
             "guidance": asdict(guidance),
             "shift": run.shift,
-            "sigmas": finite_list(sigmas, 1e6),
+            "sigmas": finite_list(levels, 1e6),
+            "start": start.how,
+            "leftover_noise": last,
             "latent": list(x0.shape),
             "dtype": str(run.dtype).removeprefix("torch."),
             "files": origin_of(model).files,
             "loras": list(origin_of(model).loras),
-            "notes": list(run.notes),
+            "notes": list(filter(None, [*run.notes, *notes])),
             **speed_report(run.guider.model_patcher),  # with hooks another than run.model
             **meter.reading(),
         }
@@ -399,7 +387,7 @@ def cfg_input() -> Any:
         max=100.0,
         step=0.1,
         tooltip="How strongly the prompt counts. 1 leaves the negative prompt out and halves the "
-        "time; Turbo models take 1.",
+        "time; Turbo models take 1. At 0 the negative prompt alone is drawn.",
     )
 
 
@@ -474,6 +462,27 @@ def skip_and_window_inputs() -> list[Any]:
     ]
 
 
+def noise_inputs() -> list[Any]:
+    """For a run in parts, on split sigmas; as KSampler Advanced has them."""
+    return [
+        io.Boolean.Input(
+            "add_noise",
+            default=True,
+            optional=True,
+            tooltip="Off: the latent was left noisy by another sampler, and the sigmas go on where "
+            "it stopped (second output of SplitSigmas). With another SD3 Sample of the same "
+            "settings before it this is the run in one, bit for bit.",
+        ),
+        io.Boolean.Input(
+            "return_with_leftover_noise",
+            default=True,
+            optional=True,
+            tooltip="On: where the sigmas end above 0, the latent keeps that noise, for another "
+            "SD3 Sample with add_noise off. Off: the last step goes on to 0.",
+        ),
+    ]
+
+
 def check_inputs(model: Any, positive: Any, negative: Any, latent: dict[str, Any]) -> Tensor:
     """All that can be told before the long work.  Returns the samples [B, C, H, W]."""
     widths = widths_of(model)
@@ -490,19 +499,27 @@ def fitted_samples(model: Any, latent: dict[str, Any]) -> Tensor:
     return samples
 
 
-def prepare(model: Any, sigmas: Tensor, sampler_name: str, guidance: Guidance) -> Run:
-    """Raises ValueError for settings that cannot be."""
+def prepare(
+    model: Any,
+    sigmas: Tensor,
+    sampler_name: str,
+    guidance: Guidance,
+    passage: Passage | None = None,
+) -> Run:
+    """passage: of a run in parts.  Raises ValueError for settings that cannot be."""
     if sampler_name not in SAMPLERS:
         known = ", ".join((AUTO, *SAMPLERS))
         raise ValueError(f"sampler_name is {quoted(sampler_name)}; choose one of {known}.")
     shifted, shift, notes = with_shift_of(sigmas, model)
     shifted = shifted.clone()
     watch_runs(shifted)
+    if passage is not None and passage.levels is not None:
+        shifted.model_options.setdefault("transformer_options", {})[LEVELS] = passage.levels
     dtype = inference_dtype(model.model)
     return Run(
         model=shifted,
         guider=make_guider(shifted, guidance, Schedule(shift)),
-        sampler=comfy.samplers.KSAMPLER(partial(walk, sampler_name, dtype)),
+        sampler=comfy.samplers.KSAMPLER(partial(walk, passage or Passage(sampler_name), dtype)),
         shift=shift,
         dtype=dtype,
         notes=notes,

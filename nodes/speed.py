@@ -201,14 +201,15 @@ def last(model: Any) -> dict[str, Any]:
 
 def decoding(width: int, height: int) -> dict[str, Any]:
     """With the released VAE, which is that of every SD3 model."""
-    dtype = comfy.model_management.vae_dtype(comfy.model_management.vae_device())
+    device = comfy.model_management.vae_device()
+    dtype = comfy.model_management.vae_dtype(device)
     shape = (1, 16, height // LATENT_FACTOR, width // LATENT_FACTOR)
     config = VAEConfig()
-    large = stripes.is_large(config, shape, dtype)
+    how = stripes.cut(config, shape, dtype, comfy.model_management.get_free_memory(device))
     return {
         "width": width,
         "height": height,
-        "decode_mib": mib(stripes.memory_needed(config, shape, dtype)) if large else None,
+        "decode_mib": mib(stripes.memory_needed(config, shape, dtype, how)) if how else None,
     }
 
 
@@ -229,8 +230,8 @@ def lines(plan: dict[str, Any]) -> Iterator[str]:
         yield f"{share}, anew in every step: {plan['without_table']}."
     else:
         pages = plan["pages_weights"]
-        leaves = "ComfyUI pages them out" if pages else "they are the first to make room"
-        yield f"{share}, once before a run; then {leaves}."
+        paged = " with dynamic VRAM from ComfyUI 0.33 on" if pages else ""
+        yield f"{share}, once before a run; then they are the first to make room{paged}."
         yield (
             f"Modulation table: {plan['table_mib']} MiB for this run's steps and two prompts; "
             f"{plan['rows_held']} rows held. So far {plan['calls']} calls of the network took "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..sd3_core.checkpoints.header import read_header
 from ..sd3_core.errors import quoted
+from ..sd3_core.guidance import note_on_cfg
 from ..sd3_core.measures import Trail
 from ..sd3_core.noise import noise
 from ..sd3_core.schedule import Schedule
@@ -28,6 +29,7 @@ from ._compat import advanced, schema
 from .errors import NodeError, coded
 from .latents import check_vae
 from .lora import has_lora, with_lora_strength
+from .passage import Passage, walk
 from .progress import Callback, Meter, check_finite
 from .sampling import (
     MOST_SKIP_SCALE,
@@ -44,7 +46,6 @@ from .sampling import (
     seed_input,
     skip_and_window_inputs,
     steps_input,
-    walk,
 )
 from .text import Shape, check_clip, look_up_or_encode, present, prompt_input, tokenize
 from .wires import (
@@ -123,7 +124,9 @@ class SD3Sweep(io.ComfyNode):
                         "With a batch each cell is measured over several pictures.",
                     ),
                     prompt_input("prompt", "What the pictures show."),
-                    prompt_input("negative", "What to steer away from; counts only at cfg > 1."),
+                    prompt_input(
+                        "negative", "What to steer away from; at cfg 1 it does not count."
+                    ),
                     *axis_inputs(),
                     seed_input(),
                     steps_input(),
@@ -239,12 +242,13 @@ class SD3Sweep(io.ComfyNode):
         pictures = [decode(vae, one.x0) for one in drawn]
         levels = [(one.clamp(0, 1) * 255).to(torch.uint8).cpu() for one in pictures]
         known, notes = judged(metadata_of(model), prompt)
+        notes = (*notes, *sweep.notes)
         table = make_table(layout, [one.run for one in drawn], levels, known)
         contents = {
             **described(layout, base, table),
             "files": origin_of(model).files,
             "loras": list(origin_of(model).loras),
-            "notes": list(notes),
+            "notes": [*notes, *filter(None, map(note_on_cfg, layout.values_of("cfg") or [cfg]))],
             "seconds": meter.reading()["seconds"],
             "peak_memory_mib": max(one.run.peak_memory_mib or 0 for one in drawn) or None,
         }
@@ -346,6 +350,7 @@ class Sweep:
                 for text in (prompt, negative)
             ]
             cache = users_cache()
+        self.notes = tuple(dict.fromkeys(note for one in words for note in one.notes))
         encoded: dict[Any, Prompts] = {}
         found = {}
         for number, setting in self.settings.items():
@@ -433,7 +438,7 @@ class Watched:
 
             levels = sigmas if self.steps is None else sigmas[: self.steps + 1]
             meter = Meter(self.device)
-            x0 = walk(name, dtype, model, x, levels, extra_args, keep, disable)
+            x0 = walk(Passage(name), dtype, model, x, levels, extra_args, keep, disable)
             self.spent = meter.spent()
             self.trail.end(x0)
             return x0

@@ -14,11 +14,11 @@ from torch import Tensor
 from ..sd3_core.checkpoints.header import read_header
 from ..sd3_core.conditioning import Conditioning
 from ..sd3_core.embedded.model import note
-from ..sd3_core.settings import RELEASED_WINDOW
 from ..sd3_core.speed.prompts import PromptCache, users_cache
-from ..sd3_core.text.encoders import ENCODERS, TITLES
+from ..sd3_core.text.encoders import ENCODERS, RELEASED_WINDOW, TITLES, note_on_windows
 from ._compat import advanced, schema
 from .comfy_text import KEYS, MODULES, RELEASED_CONTEXT, RELEASED_POOLED, SD3TextModel
+from .embeddings import Reader, notes_on_embeddings
 from .errors import NodeError, coded
 from .wires import CATEGORY, origin_of, report
 
@@ -79,34 +79,49 @@ def present(clip: Any) -> list[str]:
 
 def tokenize(clip: Any, texts: Mapping[str, str], least: int) -> Words:
     """texts: by encoder.  least: T5's least number of tokens."""
-    shape = Shape.of(clip.cond_stage_model)
     options = {"t5xxl_min_length": least}
     read = {
         text: clip.tokenize(text, return_word_ids=True, tokenizer_options=options)
         for text in {*texts.values(), ""}
     }
     rows = {kind: list(read[texts[kind]][key]) for kind, key in KEYS.items()}
-    windows = max(len(rows["clip_l"]), len(rows["clip_g"]))
+    read_by = [kind for kind in present(clip) if kind != "t5"] or ["clip_l", "clip_g"]
+    windows = max(len(rows[kind]) for kind in read_by)
     for kind in ("clip_l", "clip_g"):
         rows[kind] += read[""][KEYS[kind]] * (windows - len(rows[kind]))
-    real = {kind: sum(entry[2] > 0 for row in rows[kind] for entry in row) for kind in ENCODERS}
+    readers = {kind: Reader(kind, getattr(clip.tokenizer, MODULES[kind])) for kind in ENCODERS}
+    real = {
+        kind: sum(
+            entry[2] > 0 and readers[kind].fits(entry[0]) for row in rows[kind] for entry in row
+        )
+        for kind in ENCODERS
+    }
     length = sum(len(row) for row in rows["t5"])
     return Words(
         tokens={key: [[entry[:2] for entry in row] for row in rows[k]] for k, key in KEYS.items()},
         counts={**real, "clip_windows": windows, "t5_length": length},
-        notes=tuple(notes_on_length(clip, real, windows, length, least, shape.window)),
+        notes=(
+            *notes_on_length(clip, real, windows, length, least),
+            *notes_on_embeddings((readers[kind] for kind in present(clip)), texts),
+        ),
     )
 
 
+def clip_window(clip: Any, kind: str) -> int:
+    """Tokens that one of its CLIPs reads at once."""
+    return getattr(clip.tokenizer, MODULES[kind]).max_length
+
+
 def notes_on_length(
-    clip: Any, real: Mapping[str, int], windows: int, length: int, least: int, window: int
+    clip: Any, real: Mapping[str, int], windows: int, length: int, least: int
 ) -> list[str]:
-    notes = []
     there = present(clip)
-    if windows > 1 and ("clip_l" in there or "clip_g" in there):
+    own = {kind: clip_window(clip, kind) for kind in there if kind != "t5"}
+    notes = note_on_windows(own)
+    if windows > 1 and own:
         notes.append(
             f"CLIP read {max(real['clip_l'], real['clip_g'])} tokens in {windows} windows of "
-            f"{window}; its pooled vector comes from the first."
+            f"{min(own.values())}; its pooled vector comes from the first."
         )
     if length > least and "t5" in there:
         notes.append(f"T5 read {real['t5']} tokens: its part grew from {least} to {length} rows.")
@@ -176,7 +191,9 @@ def encode(clip: Any, words: Words, use: list[str]) -> list[list[Any]]:
         key: words.tokens[key] if kind in run or not shape.ours else None
         for kind, key in KEYS.items()
     }
-    clip_rows = words.counts["clip_windows"] * shape.window
+    clips = [kind for kind in run if kind != "t5"] or [kind for kind in there if kind != "t5"]
+    long = [sum(map(len, words.tokens[KEYS[kind]])) for kind in clips]
+    clip_rows = min(long, default=words.counts["clip_windows"] * shape.window)
     conditioning = []
     for context, extra in clip.encode_from_tokens_scheduled(tokens):
         clips = context[:, :clip_rows] if {"clip_l", "clip_g"} & set(run) else None
@@ -263,7 +280,9 @@ class SD3EncodePrompt(io.ComfyNode):
                 "inputs": [
                     io.Clip.Input("clip", tooltip="The text encoders: ours, or ComfyUI's for SD3."),
                     prompt_input("prompt", "What the picture shows, for all three encoders."),
-                    prompt_input("negative", "What to steer away from; counts only at cfg > 1."),
+                    prompt_input(
+                        "negative", "What to steer away from; at cfg 1 it does not count."
+                    ),
                     *advanced(
                         [
                             prompt_input(

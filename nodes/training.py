@@ -21,6 +21,7 @@ from ..sd3_core.checkpoints.header import read_header
 from ..sd3_core.checkpoints.lora_files import read_lora as read_adapters
 from ..sd3_core.checkpoints.lora_files import save_lora
 from ..sd3_core.checkpoints.save import save_tensors, temporary_name
+from ..sd3_core.checkpoints.tensors import read_tensors
 from ..sd3_core.errors import quoted
 from ..sd3_core.schedule import Schedule, Window
 from ..sd3_core.text.encoders import ENCODERS
@@ -35,17 +36,18 @@ from ..sd3_core.training.curve import density_image
 from ..sd3_core.training.densities import find_density
 from ..sd3_core.training.dpo import newest_numbers, spoken
 from ..sd3_core.training.flow import STORED
-from ..sd3_core.training.folders import list_pictures
+from ..sd3_core.training.folders import check_held, list_pictures
 from ..sd3_core.training.loop import Outcome
 from ..sd3_core.training.objectives import RectifiedFlow
 from ..sd3_core.training.preferences import list_pairs
 from ..sd3_core.training.run import RunRefused, is_usable_name, read_log, run_folder
 from ..sd3_core.training.trainer import train
 from ._compat import advanced, schema
+from .comfy_lora import find_patches
 from .datasets import DATASET, PREFERENCES, TrainingData, tokenizer_file
 from .errors import NodeError, coded
 from .frozen_base import FrozenBase
-from .lora import check_match, match, patched, read_lora
+from .lora import patched
 from .progress import Meter
 from .training_progress import Listener, as_images, opened, sample_files
 from .wires import CATEGORY, REPORT, describe_file, report, widths_of
@@ -191,8 +193,10 @@ class LoRATensors(dict):
     metadata: Mapping[str, str]
 
     def __init__(self, path: Path):
-        super().__init__(read_lora(path))
-        self.metadata = read_header(path).metadata
+        header = read_header(path)
+        with torch.inference_mode(False):  # they may end up in a training run
+            super().__init__(read_tensors(header))
+        self.metadata = header.metadata
 
 
 def run_settings(widgets: Mapping[str, Any], more: str) -> dict[str, Any]:
@@ -240,11 +244,13 @@ class Datasets:
                     f"{name} is encoded by other files than what is learnt from; connect one CLIP "
                     "and one VAE to both."
                 )
-            if other.source.path == self.taught.source.path:
+            if name == "prior" and other.source.path == self.taught.source.path:
                 raise ValueError(
-                    f"{name} is the folder {other.source.path.name}, which is learnt from; it "
-                    "takes another one."
+                    f"prior is the folder {other.source.path.name}, which is learnt from; it takes "
+                    "another one."
                 )
+        held = () if self.validation is None else (self.validation.source,)
+        check_held((self.taught.source,), held)
 
     def settings(self, mmdit: Path) -> dict[str, Any]:
         """Pictures and the networks that read them; a text encoder not connected takes no part."""
@@ -352,9 +358,7 @@ def result(
     meter: Meter,
 ) -> io.NodeOutput:
     tensors = LoRATensors(product)
-    found = match(tensors, model, None)
-    check_match(found, product)
-    trained, _ = patched(model, None, found, product, 1.0)
+    trained, _ = patched(model, None, find_patches(product, model, None), product, 1.0)
     lines = read_log(outcome.folder)
     losses = [line["loss"] for line in lines if "loss" in line]
     preference = newest_numbers(lines)

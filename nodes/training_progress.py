@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..sd3_core.plain_text import printable
 from ..sd3_core.reading import LARGEST_PICTURE, read_regular
 from ..sd3_core.training.cache import Progress as Encoded
 from ..sd3_core.training.curve import curve_image
@@ -67,7 +68,7 @@ class Listener:
 
         server = getattr(PromptServer, "instance", None)
         if server is not None and self.node_id:
-            server.send_progress_text(f"{text}\n{BUSY}", self.node_id)
+            server.send_progress_text(printable(f"{text}\n{BUSY}"), self.node_id)
 
     def preview(self) -> tuple[str, Image.Image, int] | None:
         """The loss so far over the newest sample pictures, now and then."""

@@ -129,7 +129,33 @@ def check_conditioning(name: str, conditioning: Any, widths: Widths) -> None:
             )
 
 
-# LATENT, MASK
+# IMAGE, LATENT, MASK
+
+
+def checked_images(name: str, images: Tensor) -> Tensor:
+    """An IMAGE as [B, H, W, 3], or 4 with alpha; one channel is grey.  Raises NodeError.
+
+    name: of the input.
+    """
+    if images.ndim != 4 or images.shape[-1] not in (1, 3, 4):
+        raise NodeError(
+            "bad_setting",
+            f"{name} is {list(images.shape)}; an IMAGE is [pictures, height, width, channels] with "
+            "1, 3 or 4 channels.",
+        )
+    check_numbers(name, images)
+    return images.expand(*images.shape[:-1], 3) if images.shape[-1] == 1 else images
+
+
+def check_numbers(name: str, pictures: Tensor) -> None:
+    """Raises NodeError for NaN and infinity in an IMAGE or MASK [B, ...], before it is used."""
+    bad = [number for number, one in enumerate(pictures, 1) if not one.isfinite().all()]
+    if bad:
+        raise NodeError(
+            "not_finite",
+            f"{name} holds NaN or infinity in picture {bad[0]} of {len(pictures)}: look at the "
+            "node that it comes from.",
+        )
 
 
 def check_latents(samples: Tensor, widths: Widths) -> None:

@@ -2,6 +2,7 @@
 bench"""
 
 import argparse
+import io
 import re
 import secrets
 import sys
@@ -10,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import NumericalError, quoted
+from .errors import NumericalError, OutOfMemory, quoted
 
 if TYPE_CHECKING:
     from .settings import Files
@@ -20,16 +21,21 @@ if TYPE_CHECKING:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command.  Exit status: 0, 1 (verify: not equal), 2 (refused) or 130 (stopped)."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a narrow code page must not end a command
+            stream.reconfigure(errors="backslashreplace")
     options = parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (ValueError, NumericalError, OSError) as error:
+    except (ValueError, NumericalError, OutOfMemory, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("stopped.", file=sys.stderr)
         return 130
     except (MemoryError, RuntimeError) as error:
+        from .memory import is_out_of_memory
+
         if not is_out_of_memory(error):
             raise
         print(
@@ -38,12 +44,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Of torch's devices each has its own words for it."""
-    words = ("out of memory", "can't allocate memory", "not enough memory")
-    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in words)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -86,7 +86,8 @@ def add_files(command: argparse.ArgumentParser, loras: bool = True) -> None:
         type=lora_strength,
         action="append",
         metavar="PATH[=0.8]",
-        help="merge a LoRA at this strength (1 if none is given); may be given several times",
+        help="merge a LoRA (a file, or a folder of PEFT or diffusers) at this strength (1 if none "
+        "is given); may be given several times",
     )
 
 
@@ -99,7 +100,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--negative", default="", metavar="TEXT", help="what not to draw")
     add("--prompt-clip-g", metavar="TEXT", help="another prompt for CLIP-G")
     add("--prompt-t5", metavar="TEXT", help="another prompt for T5")
-    add("--width", type=int, help="pixels; default: the model's own size")
+    add("--width", type=int, help="pixels; default: those of --init, or the model's own")
     add("--height", type=int)
     add("--batch", type=int, default=1, help="pictures at once")
     add("--seed", type=int, help="default: drawn by chance, and stored in the picture")
@@ -109,7 +110,7 @@ def add_generate(command: argparse.ArgumentParser) -> None:
     add("--denoise", type=float, default=1.0, help="how much of --init is redrawn, 0 to 1")
     add = command.add_argument_group("sampling", "defaults: the model's preset").add_argument
     add("--steps", type=int)
-    add("--cfg", type=float, help="guidance scale; 1 turns guidance off")
+    add("--cfg", type=float, help="guidance scale; 1 turns guidance off, 0 the prompt")
     add("--cfg-start", type=float, default=0.0, help="guide from this part of the run, 0 to 1")
     add("--cfg-end", type=float, default=1.0)
     add("--shift", help="a number, or auto: the model's own, scaled to the picture's size")
@@ -434,9 +435,14 @@ def run_export(options: argparse.Namespace) -> int:
     parts = find_networks(files)
     if not parts:
         raise ValueError("nothing to write: name the networks, e.g. --checkpoint FOLDER.")
+    from .checkpoints.family import told_to_a_single_file
+    from .checkpoints.load import read_config
     from .generate import stored_tokenizers
+    from .models.mmdit import MMDiTConfig
 
-    metadata = parts["mmdit"].metadata if "mmdit" in parts else {}
+    metadata: dict[str, str] = {}
+    if "mmdit" in parts and isinstance(config := read_config(parts["mmdit"]), MMDiTConfig):
+        metadata = told_to_a_single_file(parts["mmdit"], config, options.output.name)
     path = export_checkpoint(options.output, parts, metadata, stored_tokenizers(files))
     print(f"{path}: {', '.join(parts)}")
     return 0
@@ -456,13 +462,6 @@ def run_train(options: argparse.Namespace) -> int:
         outcome = train(config, bar.on_step, bar.on_note, bar.on_progress)
     except KeyboardInterrupt:
         return 130
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
-            raise
-        raise ValueError(
-            "the memory is full. Take the same run up again with gradient_checkpointing = true, or "
-            "with a smaller batch_size and more accumulation."
-        ) from error
     finally:
         bar.close()
     print(outcome.product)
@@ -597,12 +596,18 @@ def print_from_kohya(path: Path) -> int:
     from .training.kohya import translate
 
     translated = translate(path)
-    print(translated.toml())
+    print(translated.toml(ascii_only=not is_utf8(sys.stdout)))
     for line in translated.ignored:
         print(f"not used: {line}", file=sys.stderr)
+    for line in translated.notes:
+        print(f"note: {line}", file=sys.stderr)
     for line in translated.defaults:
         print(f"by default there: {line}", file=sys.stderr)
     return 0
+
+
+def is_utf8(stream: Any) -> bool:
+    return (getattr(stream, "encoding", None) or "").lower().replace("-", "") == "utf8"
 
 
 def chosen_files(options: argparse.Namespace) -> "Files":
@@ -670,7 +675,7 @@ def lora_strength(text: str) -> tuple[Path, float]:
     try:
         return (Path(path), float(strength)) if equals else (Path(text), 1.0)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give PATH or PATH=0.8") from error
+        raise argparse.ArgumentTypeError(f"{quoted(text)}: give PATH or PATH=0.8") from error
 
 
 def setting(text: str) -> tuple[str, object]:
@@ -681,7 +686,7 @@ def setting(text: str) -> tuple[str, object]:
 
     name, equals, value = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=VALUE, such as steps=2000")
+        raise argparse.ArgumentTypeError(f"{quoted(text)}: give NAME=VALUE, such as steps=2000")
     for read in (json.loads, lambda plain: read_toml(f"value = {plain}")["value"]):
         try:
             return name.strip(), read(value)
@@ -695,7 +700,9 @@ def block_list(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give block numbers such as 7,8,9") from error
+        raise argparse.ArgumentTypeError(
+            f"{quoted(text)}: give block numbers such as 7,8,9"
+        ) from error
 
 
 def progress():

@@ -10,7 +10,6 @@ import json
 import platform
 import warnings
 from collections.abc import Callable, MutableMapping
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,18 +18,20 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints.header import fingerprint, read_header
-from .checkpoints.load import load_clip, load_mmdit, load_t5, load_vae
+from .checkpoints.load import load_clip, load_mmdit, load_vae
+from .checkpoints.lora_files import lora_path
 from .checkpoints.tensors import read_bytes
 from .conditioning import Conditioning
 from .guidance import classifier_free, inpaint, latent_mask
-from .lora import merge
+from .lora import merge_all
+from .memory import explained, free_memory
 from .models.clip import CLIPTextModel
 from .models.mmdit import MMDiT
 from .models.t5 import T5Encoder
 from .models.vae import VAE, to_model_space, to_vae_space
 from .noise import FreshNoise, noise, noise_per_image
 from .pictures import read_image, read_mask, to_levels, to_uint8
-from .precision import check_finite, dtype_name, processor_name
+from .precision import CLIP_DTYPE, check_finite, dtype_name, processor_name
 from .reading import LARGEST_PICTURE, read_regular
 from .samplers import SAMPLERS, OnStep, Step
 from .schedule import ALWAYS, Schedule, add_noise
@@ -41,7 +42,8 @@ from .speed.fp8 import in_float8
 from .speed.gains import Gain, asked, fused_kernels
 from .speed.modulation import PreparedMMDiT, is_seldom_used
 from .speed.step_cache import StepCache, cached, relative_rms
-from .text.encoders import ENCODERS, EncodedPrompt, TextEncoders
+from .speed.streaming import load_t5_to_fit
+from .text.encoders import ENCODERS, RELEASED_WINDOW, EncodedPrompt, TextEncoders
 from .text.vocabularies import find_tokenizers, pack_tokenizers
 
 FORMAT = 1  # of the record in a PNG; another number says that older programs cannot read it
@@ -82,28 +84,39 @@ def generate(
         plan = make_plan(files, settings)
         launch.check(way, plan.device)
         record = make_record(files, plan)
-        positive, negative = encode_prompts(files, plan, known)
-        with chosen_gpu(plan.device):
+        with explained("encoding the prompts", *advice(plan, "fewer text encoders")):
+            positive, negative = encode_prompts(files, plan, known)
+        with explained("reading the picture to start from", *advice(plan)):
             start = start_latents(plan)
-            cache = step_cache(plan)
+        cache = step_cache(plan)
+        distance = None
+        with explained("sampling", *advice(plan, "fp8")):
             x0 = sample(plan, positive, negative, start, on_step, way, cache)
-            distance = None
             if measure:
                 plain = sample(without_approximations(plan), positive, negative, start, on_step)
                 distance = relative_rms(x0, plain)
-            pixels = keep_masked(to_uint8(decode(plan, x0)), plan)
+        with explained("decoding", *advice(plan)):
+            images, how = decoded(plan, x0)
+        pixels = keep_masked(to_uint8(images), plan)
     said = (str(warning.message) for warning in warned if warning.category is UserWarning)
     about_negative = (
         f"negative prompt: {note}" for note in negative.notes if note not in positive.notes
     )
     notes = dict.fromkeys((*said, *positive.notes, *about_negative))
-    gains = gains_of(plan, cache, known, way)
+    gains = gains_of(plan, cache, known, way, how)
     return Result(pixels, record, positive.tokens, tuple(notes), gains, distance)
 
 
-def chosen_gpu(device: torch.device) -> AbstractContextManager[object]:
-    """Kernels and graphs go to the current GPU, which need not be the one of the tensors."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+def advice(plan: Plan, *first: str) -> list[str]:
+    """What may help where the memory is full, by the settings' names."""
+    fp8_serves = plan.device.type == "cuda" and not plan.settings.fp8
+    return [
+        *(setting for setting in first if setting != "fp8" or fp8_serves),
+        *(["a smaller batch"] if plan.settings.batch > 1 else []),
+        "a smaller width and height",
+        *(["device cpu"] if plan.device.type != "cpu" else []),
+        "closing other programs",
+    ]
 
 
 def encode_prompts(
@@ -126,8 +139,16 @@ def encode_with(encoders: TextEncoders, wanted: Settings) -> tuple[EncodedPrompt
     return positive, negative
 
 
-def text_encoders(files: Files, plan: Plan, known: KnownPrompts | None = None) -> TextEncoders:
-    """The encoders there are, each read from disk when it is first needed."""
+def text_encoders(
+    files: Files,
+    plan: Plan,
+    known: KnownPrompts | None = None,
+    say: Callable[[str], object] = warnings.warn,
+) -> TextEncoders:
+    """The encoders there are, each read from disk when it is first needed.
+
+    say: receives what a user may not expect of how they are loaded.
+    """
     changed = any(kind in lora.parts for lora, _ in plan.loras for kind in ENCODERS)
     parts = plan.parts
     folder = files.checkpoint if files.checkpoint and files.checkpoint.is_dir() else None
@@ -142,12 +163,12 @@ def text_encoders(files: Files, plan: Plan, known: KnownPrompts | None = None) -
         if kind not in parts:
             return None
         return lambda: with_loras(
-            load_clip(parts[kind], kind, dtype=plan.dtype, device=plan.device), kind, plan
+            load_clip(parts[kind], kind, dtype=CLIP_DTYPE, device=plan.device), kind, plan
         )
 
     def t5() -> T5Encoder:
-        return with_loras(
-            load_t5(parts["t5"], dtype=plan.wide_dtype, device=plan.device), "t5", plan
+        return load_t5_to_fit(
+            parts["t5"], plan.wide_dtype, plan.device, say, lambda t5: with_loras(t5, "t5", plan)
         )
 
     return TextEncoders(
@@ -157,7 +178,7 @@ def text_encoders(files: Files, plan: Plan, known: KnownPrompts | None = None) -
         clip_l=clip("clip_l"),
         clip_g=clip("clip_g"),
         t5=t5 if "t5" in parts else None,
-        window=plan.clip_window,
+        window=plan.clip_windows or RELEASED_WINDOW,
         known=None if changed else known,
         identity="" if changed or known is None else encoder_identity(plan),
     )
@@ -166,15 +187,13 @@ def text_encoders(files: Files, plan: Plan, known: KnownPrompts | None = None) -
 def encoder_identity(plan: Plan) -> str:
     """What decides, beside the tokens, what the text encoders make of them."""
     files = {kind: fingerprint(plan.parts[kind].file) for kind in ENCODERS if kind in plan.parts}
-    dtypes = [dtype_name(plan.dtype), dtype_name(plan.wide_dtype)]
+    dtypes = [dtype_name(CLIP_DTYPE), dtype_name(plan.wide_dtype)]
     return json.dumps([files, dtypes, plan.device.type])
 
 
 def with_loras(network: Network, kind: str, plan: Plan) -> Network:
     """The network itself, with the plan's LoRAs merged into its weights (never into the file)."""
-    for lora, strength in plan.loras:
-        if kind in lora.parts:
-            merge(network, lora.parts[kind], strength)
+    merge_all(network, [(x.parts[kind], strength) for x, strength in plan.loras if kind in x.parts])
     return network
 
 
@@ -205,7 +224,7 @@ def start_latents(plan: Plan) -> Tensor:
     """The picture to start from, [B, C, H/8, W/8] in model space; zeros for text-to-image."""
     if plan.settings.init is None:
         return torch.zeros(plan.latent_shape, device=plan.device)
-    image = read_image(plan.settings.init, plan.width, plan.height)
+    image = read_image(plan.settings.init, plan.fit)
     vae = half_of_vae(plan, "encoder")
     mean = vae.encode(image.to(plan.device, plan.wide_dtype)).mean.float()
     check_finite(mean, "the VAE's encoder", plan.wide_dtype)
@@ -269,8 +288,8 @@ def sample_with(
     if cache is not None:
         velocity = cached(velocity, cache)
     start_noise = starting_noise(plan).to(plan.device)
-    if wanted.mask is not None:
-        mask = latent_mask(read_mask(wanted.mask, plan.width, plan.height), start)
+    if wanted.mask is not None and plan.fit is not None:
+        mask = latent_mask(read_mask(wanted.mask, plan.fit), start)
         velocity = inpaint(velocity, start, start_noise, mask)
     x = add_noise(start, start_noise, plan.sigmas[:1])
     fresh = FreshNoise(seeds_of(plan))
@@ -306,18 +325,21 @@ def without_approximations(plan: Plan) -> Plan:
 
 
 def gains_of(
-    plan: Plan, cache: StepCache | None, known: KnownPrompts | None, way: str
+    plan: Plan,
+    cache: StepCache | None,
+    known: KnownPrompts | None,
+    way: str,
+    how: stripes.Cut | None,
 ) -> tuple[Gain, ...]:
-    """What acted in a run that is done."""
+    """What acted in a run that is done.  how: its pictures were decoded."""
     guided = [float(sigma) in plan.cfg_window for sigma in plan.sigmas[:-1]]
     encoders_changed = any(kind in lora.parts for lora, _ in plan.loras for kind in ENCODERS)
     prompts = "off" if known is None else "a LoRA changes the encoders" if encoders_changed else ""
-    large = stripes.is_large(plan.vae, plan.latent_shape, plan.wide_dtype)
     return (
         Gain("modulation table", True),
         Gain("prompt cache", prompts == "", prompts),
         fused_kernels(plan.device),
-        Gain("decoding in stripes", large, "" if large else "the picture is small"),
+        Gain("decoding in stripes", how is not None, "" if how else "the memory holds the whole"),
         asked(
             "guidance interval",
             not all(guided),
@@ -355,32 +377,39 @@ def watched(on_step: OnStep | None, dtype: torch.dtype) -> OnStep:
 
 def decode(plan: Plan, x0: Tensor) -> Tensor:
     """Latents in model space -> images [B, 3, H, W] in -1..1; one at a time, to save memory."""
+    return decoded(plan, x0)[0]
+
+
+def decoded(plan: Plan, x0: Tensor) -> tuple[Tensor, stripes.Cut | None]:
+    """As `decode`, and how the last picture was cut; None: it was decoded whole."""
     vae = half_of_vae(plan, "decoder")
-    latents = to_vae_space(x0).to(plan.wide_dtype)
-    images = torch.cat([stripes.decode(vae, latent[None]).float() for latent in latents])
-    return check_finite(images, "the VAE's decoder", plan.wide_dtype)
+    images, how = [], None
+    for latent in to_vae_space(x0).to(plan.wide_dtype):
+        image, how = stripes.decode(vae, latent[None], free_memory(plan.device))
+        images.append(image.float())
+    return check_finite(torch.cat(images), "the VAE's decoder", plan.wide_dtype), how
 
 
 def keep_masked(pixels: Tensor, plan: Plan) -> Tensor:
     """uint8 [B, H, W, 3] with the picture's own pixels where the mask keeps them."""
-    if plan.settings.init is None or plan.settings.mask is None:
+    if plan.settings.init is None or plan.settings.mask is None or plan.fit is None:
         return pixels
-    original = to_levels(read_image(plan.settings.init, plan.width, plan.height))
-    mask = read_mask(plan.settings.mask, plan.width, plan.height)[..., None]
+    original = to_levels(read_image(plan.settings.init, plan.fit))
+    mask = read_mask(plan.settings.mask, plan.fit)[..., None]
     return (pixels * mask + original * (1 - mask)).round().to(torch.uint8)
 
 
 def make_record(files: Files, plan: Plan) -> dict[str, Any]:
     """All it takes to draw the same pictures again, as JSON; see verify.py."""
     fingerprints = {kind: fingerprint(part.file) for kind, part in plan.parts.items()}
-    for index, (path, _) in enumerate(files.loras):
-        fingerprints[f"lora {index + 1}"] = fingerprint(path)
+    for index, ((path, _), (lora, _)) in enumerate(zip(files.loras, plan.loras, strict=True)):
+        fingerprints[f"lora {index + 1}"] = fingerprint(lora_path(path))
+        if lora.settings is not None:
+            fingerprints[f"lora {index + 1} {lora.settings.name}"] = _digest(lora.settings)
     for name in ("init", "mask"):
         path = getattr(plan.settings, name)
         if path is not None:
-            fingerprints[name] = hashlib.sha256(read_regular(path, LARGEST_PICTURE)).hexdigest()[
-                :16
-            ]
+            fingerprints[name] = _digest(path)
     return {
         "format": FORMAT,
         "settings": _as_json(asdict(replace(plan.settings, dtype=dtype_name(plan.dtype)))),
@@ -395,6 +424,10 @@ def make_record(files: Files, plan: Plan) -> dict[str, Any]:
             "machine": platform.machine(),
         },
     }
+
+
+def _digest(path: Path) -> str:
+    return hashlib.sha256(read_regular(path, LARGEST_PICTURE)).hexdigest()[:16]
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:

@@ -107,6 +107,22 @@ def classifier_free(
     return velocity
 
 
+def note_on_cfg(cfg: float) -> str:
+    """What a guidance scale below 1 means, in a sentence; empty for any other.
+
+    The negative branch then has a say of its own, here and in ComfyUI, where diffusers takes every
+    scale up to 1 for no guidance.
+    """
+    if cfg >= 1 or math.isclose(cfg, 1.0):
+        return ""
+    meaning = "the prompt does not count, the negative prompt (empty or not) alone is drawn"
+    if cfg > 0:
+        meaning = "the picture is drawn towards the negative prompt"
+    elif cfg < 0:
+        meaning = "the picture is drawn away from the prompt"
+    return f"cfg is {cfg:g}: {meaning}, as with KSampler. No guidance, diffusers' 0, is cfg 1 here."
+
+
 def run_branches(
     model: MMDiT,
     x: Tensor,

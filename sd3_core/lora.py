@@ -24,7 +24,6 @@ from .adapters.hooks import (
     Attached,
     detach,
     existing_hook,
-    full_weight,
     hook_of,
     is_embedding,
     low_rank,
@@ -168,23 +167,40 @@ def disabled(model: nn.Module) -> Iterator[None]:
 
 
 def merge(model: nn.Module, adapters: LoRA, strength: float) -> None:
-    """Add the changes to the model's own parameters, for good: in float32, then cast back.
+    """One LoRA for good; see `merge_all`."""
+    merge_all(model, [(adapters, strength)])
 
-    fp8 parameters are rounded at random, up as often as the value is nearer to the upper
-    neighbour: most changes are smaller than half a step of fp8 and would be lost by rounding to
-    the nearest.  The rounding follows from the parameter's name.  Errors and warnings as `fitting`.
+
+def merge_all(model: nn.Module, loras: Iterable[tuple[LoRA, float]]) -> None:
+    """Add the changes of all LoRAs to the model's own parameters, for good.
+
+    They are summed and rounded once, so that several cost no more accuracy than one, and what
+    cancels leaves a parameter as it was.  fp8 parameters are rounded at random, up as often as the
+    value is nearer to the upper neighbour: most changes are smaller than half a step of fp8 and
+    would be lost by rounding to the nearest.  The rounding follows from the parameter's name.
+    A strength of 0 merges nothing.  Errors and warnings as `fitting`.
     """
-    if strength == 0:
-        return
-    for adapter in fitting(model, adapters):
-        owner = model.get_submodule(adapter.module)
-        parameter = getattr(owner, adapter.parameter)
-        scale = getattr(owner, "weight_scale", None) if adapter.parameter == "weight" else None
-        value = full_weight(owner) if scale is not None else parameter.detach().float()
-        value = adapter.apply(value, strength)
-        if scale is not None:
-            value = value / scale.to(value)
-        parameter.data = _stored(value, parameter.dtype, adapter.name)
+    wanted: dict[str, list[tuple[Adapter, float]]] = {}
+    for adapters, strength in loras:
+        for adapter in fitting(model, adapters) if strength else ():
+            wanted.setdefault(adapter.name, []).append((adapter, strength))
+    for name, changes in wanted.items():
+        first, _ = changes[0]
+        owner = model.get_submodule(first.module)
+        parameter = getattr(owner, first.parameter)
+        scale = getattr(owner, "weight_scale", None) if first.parameter == "weight" else None
+        value = parameter.detach().to(_wide(parameter, changes))
+        value = value if scale is None else value * scale.to(value)
+        for adapter, strength in changes:
+            value = adapter.apply(value, strength)
+        value = value if scale is None else value / scale.to(value)
+        parameter.data = _stored(value.float(), parameter.dtype, name)
+
+
+def _wide(parameter: Tensor, changes: Sequence[object]) -> torch.dtype:
+    """What changes are added in: several in float64, where none disturbs what another leaves."""
+    alone = len(changes) == 1 or parameter.device.type == "mps"  # which has no float64
+    return torch.float32 if alone else torch.float64
 
 
 def _stored(value: Tensor, dtype: torch.dtype, name: str) -> Tensor:

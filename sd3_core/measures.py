@@ -1,7 +1,5 @@
 """How a run went: the length of its path, its time and memory, how far its pictures lie apart."""
 
-import ctypes
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -117,26 +115,3 @@ def peak_resident() -> int | None:
         if name == "VmHWM":
             return int(value.split()[0]) * 1024
     return None
-
-
-def available_memory() -> float | None:
-    """Bytes of main memory that may still be taken; None where nobody tells.
-
-    Linux counts what its file cache would give back; elsewhere only what is free.
-    """
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            found = next(line for line in file if line.startswith("MemAvailable:"))
-        return int(found.split()[1]) * 1024.0
-    except (OSError, StopIteration, ValueError):
-        if hasattr(os, "sysconf") and "SC_AVPHYS_PAGES" in os.sysconf_names:
-            return float(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-        return None
-
-
-def trim_heap() -> None:
-    """What is free in the heap goes back to the system; glibc keeps it in each thread's part."""
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-        if trim is not None:
-            trim(0)

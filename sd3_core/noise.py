@@ -55,7 +55,14 @@ class FreshNoise:
             raise ValueError(f"{len(self.generators)} seeds for a batch of {len(x)}.")
         share = (len(x) // len(self.generators), *x.shape[1:])
         draws = [torch.randn(share, generator=generator) for generator in self.generators]
-        return torch.cat(draws).to(x.device)
+        return without_waiting(torch.cat(draws), x.device)
+
+
+def without_waiting(tensor: Tensor, device: torch.device) -> Tensor:
+    """A CPU tensor on a device; what CUDA copies from pinned memory it copies in its own time."""
+    if device.type != "cuda":
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def seeded(seed: int) -> torch.Generator:

@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .checkpoints.save import save_bytes
 from .decode import Upright, decode
+from .plain_text import as_json
 from .reading import LARGEST_PICTURE, read_regular
+from .sizes import Fit
 
 SETTINGS_KEY = "sd3_workbench"  # the PNG text chunk
 
@@ -28,32 +30,41 @@ def to_levels(images: Tensor) -> Tensor:
     return ((images + 1) * 127.5).round().permute(0, 2, 3, 1)
 
 
-def read_image(path: str | Path, width: int | None = None, height: int | None = None) -> Tensor:
-    """A picture as it is, or scaled to cover width x height and cut around its centre.
+def picture_size(path: str | Path) -> tuple[int, int]:
+    """Width and height of a picture that stands upright.  Raises ValueError as read_image."""
+    return _read(path).colour.size
+
+
+def read_image(path: str | Path, fit: Fit | None = None) -> Tensor:
+    """A picture as it is, or fitted to the size that is drawn.
 
     [1, 3, H, W] in -1..1; transparency lies on white.  Raises ValueError when it cannot be read.
     """
     picture = _read(path).on("white")
-    if width and height:
-        picture = ImageOps.fit(picture, (width, height), Image.Resampling.LANCZOS)
+    if fit is not None:
+        picture = picture.resize(fit.size, Image.Resampling.LANCZOS, box=fit.box)
     pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32).copy())
     return pixels.permute(2, 0, 1)[None] / 127.5 - 1
 
 
-def read_mask(path: str | Path, width: int, height: int) -> Tensor:
-    """A mask, cut like its picture: [1, H, W] in 0..1, white where something new is drawn.
+def read_mask(path: str | Path, fit: Fit) -> Tensor:
+    """A mask, lying over its whole picture and cut like it: [1, H, W] in 0..1, white where
+    something new is drawn.
 
     A picture with transparent parts is its own mask: they are drawn anew.
     """
     picture = _read(path)
     mask = picture.colour if picture.alpha is None else ImageOps.invert(picture.alpha)
-    mask = ImageOps.fit(mask.convert("L"), (width, height), Image.Resampling.BILINEAR)
+    across, down = (mine / its for mine, its in zip(mask.size, fit.picture, strict=True))
+    left, top, right, bottom = fit.box
+    box = (
+        left * across,
+        top * down,
+        min(right * across, mask.width),
+        min(bottom * down, mask.height),
+    )
+    mask = mask.convert("L").resize(fit.size, Image.Resampling.BILINEAR, box=box)
     return torch.from_numpy(np.asarray(mask, dtype=np.float32).copy())[None] / 255
-
-
-def check_readable(path: str | Path) -> None:
-    """Raises ValueError when the picture cannot be read."""
-    _read(path)
 
 
 def _read(path: str | Path) -> Upright:
@@ -68,7 +79,7 @@ def _read(path: str | Path) -> Upright:
 def save_png(pixels: Tensor, path: Path, settings: dict[str, Any]) -> Path:
     """Write uint8 [H, W, 3] with its settings inside, whole or not at all; see save_bytes."""
     info = PngImagePlugin.PngInfo()
-    info.add_itxt(SETTINGS_KEY, json.dumps(settings, ensure_ascii=False))
+    info.add_itxt(SETTINGS_KEY, as_json(settings))
     file = io.BytesIO()
     Image.fromarray(pixels.numpy()).save(file, format="PNG", pnginfo=info)
     return save_bytes(path, file.getvalue())

@@ -33,7 +33,7 @@ class Preset:
 
 # Steps and cfg: within what Stability AI's model cards and sd3.5 reference program suggest.
 # Samplers and skip-layer guidance: that program (sd3_infer.py, CONFIGS).
-# Shift: 3.0 for all, as in ComfyUI and diffusers; the program takes 1.0 for SD3 Medium.
+# Shift: 3.0 for Stability's, as in ComfyUI and diffusers; the program takes 1.0 for SD3 Medium.
 PRESETS = {
     "sd3_medium": Preset("SD3 Medium", steps=28, cfg=5.0, sampler="dpmpp_2m"),
     "sd3.5_medium": Preset(
@@ -42,6 +42,10 @@ PRESETS = {
         cfg=4.5,
         sampler="dpmpp_2m",
         skip_layers=SkipLayerPreset(layers=(7, 8, 9), scale=2.5, start=0.01, end=0.20, cfg=4.0),
+    ),
+    # Distilled by TensorArt; as its pipeline is called, with the shift of its scheduler.
+    "sd3.5_medium_turbo": Preset(
+        "SD3.5 Medium Turbo", steps=8, cfg=1.5, sampler="euler", shift=5.0
     ),
     "sd3.5_large": Preset("SD3.5 Large", steps=28, cfg=4.5, sampler="dpmpp_2m"),
     "sd3.5_large_turbo": Preset("SD3.5 Large Turbo", steps=4, cfg=1.0, sampler="euler"),
@@ -56,22 +60,18 @@ PRESETS = {
 def family(config: MMDiTConfig, hints: Iterable[str] = ()) -> str:
     """The key of PRESETS that a network most likely belongs to.
 
-    hints: file name, values of the file's metadata.  Large and Large Turbo have the same shapes,
-    and the embedded model those of any small one, so only these tell them apart.  A guess, good
-    enough for defaults.
+    hints: file name, values of the file's metadata, names around it.  A Turbo model has the shapes
+    of its teacher, and the embedded model those of any small one, so only these tell them apart.  A
+    guess, good enough for defaults.
     """
     lowered = [hint.lower() for hint in hints]
     if any("sd3-tiny" in hint for hint in lowered):
         return "sd3_tiny"
+    turbo = any("turbo" in hint for hint in lowered)
     if config.depth == 38 and config.qk_norm:
-        turbo = any("turbo" in hint for hint in lowered)
         return "sd3.5_large_turbo" if turbo else "sd3.5_large"
     if config.depth == 24 and config.qk_norm and config.dual_attention_layers:
-        return "sd3.5_medium"
+        return "sd3.5_medium_turbo" if turbo else "sd3.5_medium"
     if config.depth == 24 and not config.qk_norm:
         return "sd3_medium"
     return "other"
-
-
-def preset_for(config: MMDiTConfig, hints: Iterable[str] = ()) -> Preset:
-    return PRESETS[family(config, hints)]

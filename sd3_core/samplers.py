@@ -1,12 +1,14 @@
 """Samplers: functions that walk a latent from noise to picture along the velocity.
 
-Every sampler is `sampler(velocity, x, sigmas, on_step, fresh) -> x0`:
+Every sampler is `sampler(velocity, x, sigmas, on_step, fresh, before) -> x0`:
     velocity  everything a sampler knows of a model, see guidance.py
     x         [B, C, H, W], the latent at noise level sigmas[0]
     sigmas    [n + 1], falling, see Schedule.sigmas
     on_step   called after each step with a `Step`; what it raises stops the run
     fresh     gives the noise that is added on the way: euler_ancestral alone asks for it, all take
               it, so that a caller need not know which one it has
+    before    the step that ended where this run begins, for a run that goes on: dpmpp_2m alone
+              looks back
 and returns the latent at sigmas[-1], which is x0 when the schedule ends at 0.  The state is float32
 whatever the network computes in, for small steps on a large latent vanish in half precision.
 No global random state, no gradient switches: both are the caller's.
@@ -49,6 +51,7 @@ class Sampler(Protocol):
         sigmas: Tensor,
         on_step: OnStep | None = None,
         fresh: Fresh | None = None,
+        before: Step | None = None,
     ) -> Tensor: ...
 
 
@@ -58,13 +61,14 @@ def euler(
     sigmas: Tensor,
     on_step: OnStep | None = None,
     fresh: Fresh | None = None,
+    before: Step | None = None,
 ) -> Tensor:
     """Straight on along the velocity, from level to level.  One evaluation a step."""
     x = x.float()
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         v = at_level(velocity, x, sigma)
         x0 = x - sigma * v
-        report(on_step, index, sigmas, x, x0)
+        report(on_step, index, sigmas, sigma, x, x0)
         x = x + (sigma_next - sigma) * v
     return x
 
@@ -75,6 +79,7 @@ def euler_ancestral(
     sigmas: Tensor,
     on_step: OnStep | None = None,
     fresh: Fresh | None = None,
+    before: Step | None = None,
 ) -> Tensor:
     """Euler's step to below the next level, and fresh noise up to it.  One evaluation a step.
 
@@ -87,7 +92,7 @@ def euler_ancestral(
     fresh = fresh or FreshNoise([0])
     for index, (sigma, sigma_next) in enumerate(pairwise(sigmas.tolist())):
         x0 = x - sigma * at_level(velocity, x, sigma)
-        report(on_step, index, sigmas, x, x0)
+        report(on_step, index, sigmas, sigma, x, x0)
         below = sigma_next**2 / sigma
         x = x0 + (x - x0) * (below / sigma)
         if 0 < sigma_next < 1:
@@ -103,6 +108,7 @@ def heun(
     sigmas: Tensor,
     on_step: OnStep | None = None,
     fresh: Fresh | None = None,
+    before: Step | None = None,
 ) -> Tensor:
     """Along the mean of the velocities at both ends of the step.  Two evaluations a step.
 
@@ -114,7 +120,7 @@ def heun(
         x0 = x - sigma * v
         if sigma_next > 0:
             v = (v + at_level(velocity, x + (sigma_next - sigma) * v, sigma_next)) / 2
-        report(on_step, index, sigmas, x, x0)
+        report(on_step, index, sigmas, sigma, x, x0)
         x = x + (sigma_next - sigma) * v
     return x
 
@@ -125,17 +131,20 @@ def dpmpp_2m(
     sigmas: Tensor,
     on_step: OnStep | None = None,
     fresh: Fresh | None = None,
+    before: Step | None = None,
 ) -> Tensor:
     """DPM-Solver++(2M): extrapolates x0 from its last two estimates.  One evaluation a step.
 
     Lu et al. 2022 (arXiv:2211.01095), algorithm 2.  Steps are measured in -log sigma, as in
     Stability's reference and ComfyUI, not in the paper's half log-SNR log((1 - sigma) / sigma):
     the first-order step is the same, and -log sigma is finite at sigma 1.
-    The first step and the one to 0 are first order.
+    The first step and the one to 0 are first order; the first one is not where a step went before.
     """
     x = x.float()
     levels = sigmas.tolist()
     previous_x0, previous_length = None, 0.0
+    if before is not None and 0 < levels[0] < before.sigma:
+        previous_x0, previous_length = before.x0.to(x), math.log(before.sigma / levels[0])
     for index, (sigma, sigma_next) in enumerate(pairwise(levels)):
         x0 = x - sigma * at_level(velocity, x, sigma)
         length = math.log(sigma / sigma_next) if sigma_next > 0 else math.inf
@@ -143,7 +152,7 @@ def dpmpp_2m(
         # a length of 0: a schedule of more than 1000 steps repeats levels of its table
         if previous_x0 is not None and previous_length > 0 and sigma_next > 0:
             target = x0 + (x0 - previous_x0) * (length / (2 * previous_length))
-        report(on_step, index, sigmas, x, x0)
+        report(on_step, index, sigmas, sigma, x, x0)
         x = target + (x - target) * (sigma_next / sigma)
         previous_x0, previous_length = x0, length
     return x
@@ -174,6 +183,8 @@ def on_host(sigma: Tensor) -> Tensor:
     return sigma if level is None else torch.full(sigma.shape, level)
 
 
-def report(on_step: OnStep | None, index: int, sigmas: Tensor, x: Tensor, x0: Tensor) -> None:
+def report(
+    on_step: OnStep | None, index: int, sigmas: Tensor, sigma: float, x: Tensor, x0: Tensor
+) -> None:
     if on_step is not None:
-        on_step(Step(index, len(sigmas) - 1, float(sigmas[index]), x, x0))
+        on_step(Step(index, len(sigmas) - 1, sigma, x, x0))

@@ -9,22 +9,24 @@ from typing import Any
 
 import torch
 
+from .checkpoints.family import model_preset
 from .checkpoints.layouts import SUPPLIERS, TITLES, Component, find_components
 from .checkpoints.load import component_of, read_config
-from .checkpoints.lora_files import LoRAFile, read_lora
+from .checkpoints.lora_files import LoRAFile, parts_that_fit, read_lora
 from .errors import CheckpointError, cut, quoted
-from .guidance import SkipLayers, check_layers
-from .lora import check_fit
+from .guidance import SkipLayers, check_layers, note_on_cfg
 from .models.mmdit import MMDiTConfig
 from .models.vae import VAEConfig
-from .pictures import check_readable
+from .pictures import picture_size
+from .plain_text import check_whole
 from .precision import pick_device, pick_dtype, wide_dtype
-from .presets import Preset, preset_for
+from .presets import Preset
 from .samplers import SAMPLERS
 from .schedule import Schedule, Window, auto_shift
+from .sizes import Fit, Sides
 from .speed import fp8
 from .speed.step_cache import check_threshold
-from .text.encoders import ENCODERS, check_weights, least_length
+from .text.encoders import ENCODERS, RELEASED_WINDOW, check_weights, least_length
 from .text.prompt import parse_prompt
 
 FLAGS = {
@@ -36,7 +38,6 @@ FLAGS = {
 }
 LARGEST = 1e4  # of any number below: far beyond use, small enough not to overflow
 LONGEST_T5 = 4096  # rows to pad to: eight times what anyone trained with, small enough to compute
-RELEASED_WINDOW = 77  # of CLIP, where no CLIP is there to tell
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,7 @@ class Settings:
     prompt_t5: str | None = None
     use: tuple[str, ...] = ENCODERS  # text encoders that take part; the others give zeros
     t5_length: int | str = "auto"  # least number of T5 tokens; auto: CLIP's window
-    width: int | None = None  # pixels
+    width: int | None = None  # pixels; None: that of `init`, else the model's own
     height: int | None = None
     batch: int = 1
     seed: int = 0
@@ -97,9 +98,10 @@ class Plan:
     settings: Settings  # no None in what the presets decide
     mmdit: MMDiTConfig
     vae: VAEConfig
-    clip_window: int  # tokens per pass of the CLIPs
+    clip_windows: dict[str, int]  # tokens per pass of each CLIP that is there
     width: int  # pixels
     height: int
+    fit: Fit | None  # of `init`
     latent_shape: tuple[int, int, int, int]  # [B, C, H/8, W/8]
     schedule: Schedule
     sigmas: torch.Tensor  # [steps + 1]
@@ -124,17 +126,18 @@ def make_plan(files: Files, settings: Settings) -> Plan:
     vae: VAEConfig = sizes["vae"]
     preset = model_preset(parts["mmdit"], mmdit)
     most = mmdit.pos_embed_max_size * mmdit.patch_size * vae.factor
-    side = min(math.isqrt(preset.native_pixels), most)
-    width = check_side("width", _first(settings.width, side), vae.factor, most)
-    height = check_side("height", _first(settings.height, side), vae.factor, most)
+    sides = Sides(vae.factor, most, preset.native_pixels)
+    width, height, fit = drawn_size(settings, sides)
     settings = settled(replace(settings, width=width, height=height), preset)
     check(settings, parts, mmdit)
     loras = tuple(
         (read_lora(path, tuple(parts)), _number(f"the strength of {path.name}", strength))
         for path, strength in files.loras
     )
-    for (path, _), (lora, _) in zip(files.loras, loras, strict=True):
-        check_lora(path, lora, parts, settings.use)
+    loras = tuple(
+        (check_lora(path, lora, parts, settings.use), strength)
+        for (path, _), (lora, strength) in zip(files.loras, loras, strict=True)
+    )
     schedule = Schedule(_number("shift", settings.shift))
     skip = SkipLayers(
         settings.skip_layers or (),
@@ -143,6 +146,9 @@ def make_plan(files: Files, settings: Settings) -> Plan:
             _number("skip_start", settings.skip_start), _number("skip_end", settings.skip_end)
         ),
     )
+    cfg = _number("cfg", settings.cfg)
+    if note := note_on_cfg(cfg):
+        warnings.warn(note, stacklevel=2)
     device = pick_device(settings.device)
     dtype = pick_dtype(settings.dtype, device)
     if settings.fp8:
@@ -153,16 +159,15 @@ def make_plan(files: Files, settings: Settings) -> Plan:
         settings=settings,
         mmdit=mmdit,
         vae=vae,
-        clip_window=next(
-            (sizes[kind].window for kind in ("clip_l", "clip_g") if kind in sizes), RELEASED_WINDOW
-        ),
+        clip_windows={kind: sizes[kind].window for kind in ("clip_l", "clip_g") if kind in sizes},
         width=width,
         height=height,
+        fit=fit,
         latent_shape=(settings.batch, mmdit.in_channels, height // vae.factor, width // vae.factor),
         schedule=schedule,
         sigmas=schedule.sigmas(settings.steps or 0, settings.scheduler or "", settings.denoise),
         sampler=settings.sampler or "",
-        cfg=_number("cfg", settings.cfg),
+        cfg=cfg,
         cfg_window=schedule.window(settings.cfg_start, settings.cfg_end),
         skip=skip if settings.skip_scale else None,
         device=device,
@@ -237,37 +242,44 @@ def check_sizes(parts: Mapping[str, Component], sizes: Mapping[str, Any]) -> Non
         refuse("t5", f"tokens {sizes['t5'].d_model} wide", f"{mmdit.context_dim}")
 
 
-def check_lora(path: Path, lora: LoRAFile, parts: Mapping[str, Component], use: Container[str]):
-    """Raises CheckpointError when the LoRA is for another model; warns of parts that do nothing."""
-    idle = [TITLES[kind] for kind in lora.parts if kind in ENCODERS and kind not in use]
-    if idle:
-        warnings.warn(f"{path.name}: changes {', '.join(idle)}, which is off.", stacklevel=2)
-    here = [kind for kind in lora.parts if kind in parts]
-    if not here:
-        there = ", ".join(TITLES[kind] for kind in lora.parts)
-        raise CheckpointError(
-            f"{path.name}: changes {there} alone, which is not among the files given "
-            f"({', '.join(parts)}). Add it, or leave the LoRA away."
-        )
-    for kind in here:
-        try:
-            check_fit(lora.parts[kind], parts[kind].shapes)
-        except CheckpointError as error:
-            raise CheckpointError(f"{path.name}: {error}") from error
+def check_lora(
+    path: Path, lora: LoRAFile, parts: Mapping[str, Component], use: Container[str]
+) -> LoRAFile:
+    """The LoRA without what these files have no network for.
+
+    Warns of parts that do nothing.  Raises CheckpointError when it is for another model.
+    """
+    shapes = {kind: part.shapes for kind, part in parts.items()}
+    here = parts_that_fit(path.name, lora, shapes)
+    for kinds, why in (
+        ([kind for kind in here if kind in ENCODERS and kind not in use], "which is off"),
+        ([kind for kind in lora.parts if kind not in parts], "which is not among the files given"),
+    ):
+        if kinds:
+            changed = ", ".join(TITLES[kind] for kind in kinds)
+            warnings.warn(f"{path.name}: changes {changed}, {why}.", stacklevel=2)
+    return replace(lora, parts={kind: lora.parts[kind] for kind in here})
 
 
-def model_preset(mmdit: Component, config: MMDiTConfig) -> Preset:
-    """The family's preset, with the two numbers that a small model carries in its metadata."""
-    preset = preset_for(config, [mmdit.file.name, *mmdit.metadata.values()])
-    own: dict[str, Any] = {}
-    try:
-        if text := mmdit.metadata.get("sd3_workbench.shift"):
-            own["shift"] = float(text)
-        if text := mmdit.metadata.get("sd3_workbench.native_pixels"):
-            own["native_pixels"] = int(text)
-    except ValueError as error:
-        raise CheckpointError(f"{mmdit.file.name}: its metadata is damaged: {error}.") from error
-    return replace(preset, **own)
+def drawn_size(settings: Settings, sides: Sides) -> tuple[int, int, Fit | None]:
+    """Width and height, and how the picture to start from comes to them; warns of what is lost.
+
+    Raises ValueError for a size that cannot be drawn and a picture that cannot be read.
+    """
+    wanted = (settings.width, settings.height)
+    if settings.init is None:
+        return *sides.without_picture(wanted), None
+    name, picture = Path(settings.init).name, picture_size(settings.init)
+    size = sides.with_picture(wanted, picture, name)
+    fit = Fit.of(picture, size, sides.factor)
+    notes = [fit.note(name)]
+    if wanted == (None, None):
+        notes.append(sides.note_on_own(name, picture))
+    if settings.mask is not None:
+        notes.append(fit.note_on_mask(Path(settings.mask).name, picture_size(settings.mask)))
+    for note in filter(None, notes):
+        warnings.warn(note, stacklevel=3)
+    return *size, fit
 
 
 def settled(settings: Settings, preset: Preset) -> Settings:
@@ -294,16 +306,6 @@ def settled_shift(shift: float | str | None, preset: Preset, pixels: int) -> flo
     if shift == "auto":
         return auto_shift(preset.shift, preset.native_pixels, pixels)
     return _number("shift", shift)
-
-
-def check_side(name: str, pixels: int, factor: int, most: int) -> int:
-    """A width or height the networks can draw, itself."""
-    if pixels < factor or pixels % factor:
-        near = min(max(factor, round(pixels / factor) * factor), most)
-        raise ValueError(f"{name} is {pixels}; it must be a multiple of {factor}. Try {near}.")
-    if pixels > most:
-        raise ValueError(f"{name} is {pixels}; this model draws at most {most} pixels a side.")
-    return pixels
 
 
 def check(settings: Settings, parts: Mapping[str, Component], mmdit: MMDiTConfig) -> None:
@@ -346,9 +348,6 @@ def check(settings: Settings, parts: Mapping[str, Component], mmdit: MMDiTConfig
     check_threshold(_number("step_cache", settings.step_cache))
     if least_length(settings.t5_length, RELEASED_WINDOW) > LONGEST_T5:
         raise ValueError(f"t5_length is {settings.t5_length}; {LONGEST_T5} is the limit. Try 256.")
-    for path in (settings.init, settings.mask):
-        if path is not None:
-            check_readable(path)
     if settings.use and not any(name in parts for name in settings.use):
         needs = "; ".join(f"{FLAGS[name]} FILE ({SUPPLIERS[name]})" for name in settings.use)
         raise CheckpointError(
@@ -360,11 +359,9 @@ def check(settings: Settings, parts: Mapping[str, Component], mmdit: MMDiTConfig
 
 def check_prompt(prompt: str) -> None:
     """Raises ValueError for a prompt that no encoder can read."""
+    check_whole(prompt, "the prompt")
     try:
-        prompt.encode()
         check_weights(parse_prompt(prompt))
-    except UnicodeEncodeError as error:
-        raise ValueError(f"the prompt is no Unicode text ({error}).") from error
     except RecursionError as error:
         raise ValueError("the prompt's parentheses are nested too deeply to be meant.") from error
 

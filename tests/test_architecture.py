@@ -15,7 +15,7 @@ PACK = Path(__file__).parent.parent
 
 # From the bottom up: a module may import its own layer and those before it, never a later one.
 LAYERS = (
-    ("sd3_core.errors", "sd3_core.reading"),
+    ("sd3_core.errors", "sd3_core.plain_text", "sd3_core.reading"),
     ("sd3_core.models",),
     (
         "sd3_core.conditioning",
@@ -28,6 +28,8 @@ LAYERS = (
         "sd3_core.lora",
         "sd3_core.presets",
         "sd3_core.precision",
+        "sd3_core.sizes",
+        "sd3_core.memory",
     ),
     ("sd3_core.text", "sd3_core.checkpoints", "sd3_core.pictures", "sd3_core.decode"),
     ("sd3_core.speed",),

@@ -129,21 +129,28 @@ def test_a_pip_without_network_ends_in_one_sentence(dev, monkeypatch, capfd):
     ("arguments", "stages", "pytest_command"),
     [
         ([], ALL_STAGES, ["-m", "pytest", "-q", "-m", "not long", *SIDE_BY_SIDE]),
-        (["--all"], ALL_STAGES, ["-m", "pytest", "-q", *SIDE_BY_SIDE]),
+        (["--all"], [*ALL_STAGES, "plain"], ["-m", "pytest", "-q", *SIDE_BY_SIDE]),
         (["-k", "x"], ["tests"], ["-m", "pytest", "-q", "-m", "not long", "-k", "x"]),
         (["--all", "tests/core"], ["tests"], ["-m", "pytest", "-q", "tests/core"]),
     ],
 )
 def test_test_runs_these_stages(dev, pip_calls, monkeypatch, arguments, stages, pytest_command):
     commands = []
-    monkeypatch.setattr(dev, "run", lambda command, threads: commands.append(command) or 0)
+    monkeypatch.setattr(dev, "run", lambda command, **_: commands.append(command) or 0)
     assert dev.main(["test", *arguments]) == 0
     assert len(commands) == len(stages)
     assert commands[-1] == pytest_command
 
 
+def test_the_plain_stage_multiplies_as_an_older_processor(dev, monkeypatch):
+    """Without bfloat16 products, whatever processor this is."""
+    question = "import sys, torch; sys.exit(torch.ops.mkldnn._is_mkldnn_bf16_supported())"
+    monkeypatch.setattr(dev, "PYTHON", sys.executable)
+    assert dev.run(["-c", question], settings=dev.PLAIN_ARITHMETIC) == 0
+
+
 def test_one_failed_stage_fails_the_whole_and_is_named(dev, pip_calls, monkeypatch, capsys):
-    monkeypatch.setattr(dev, "run", lambda command, threads: int("basedpyright" in command))
+    monkeypatch.setattr(dev, "run", lambda command, **_: int("basedpyright" in command))
     assert dev.main(["test"]) == 1
     last = capsys.readouterr().out.splitlines()[-1]
     assert last.startswith("dev.py test: FAILED (types) after ")

@@ -1,14 +1,16 @@
 """Prompt to picture with a tiny model of generated weights: laws and refusals."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from sd3_pack.sd3_core import generate as generation
 from sd3_pack.sd3_core.checkpoints.load import load_mmdit, load_vae
-from sd3_pack.sd3_core.errors import CheckpointError, NumericalError
+from sd3_pack.sd3_core.errors import CheckpointError, NumericalError, OutOfMemory
 from sd3_pack.sd3_core.generate import generate
 from sd3_pack.sd3_core.pictures import to_uint8
 from sd3_pack.sd3_core.presets import PRESETS
@@ -169,6 +171,34 @@ def test_a_mask_keeps_the_pictures_own_pixels(files, photo, left_half):
     assert not torch.equal(pixels[:, :24], original[:, :24])
 
 
+def test_a_picture_is_drawn_at_its_own_size_and_its_mask_follows_it(files, tmp_path):
+    """A mask of another aspect: a band from a quarter to three quarters of the height."""
+    levels = np.random.default_rng(0).integers(0, 256, (130, 67, 3)).astype(np.uint8)
+    Image.fromarray(levels).save(tmp_path / "tall.png")
+    mask = Image.new("L", (64, 64))
+    mask.paste(255, (0, 16, 64, 48))
+    mask.save(tmp_path / "mask.png")
+    wanted = replace(QUICK, init=tmp_path / "tall.png", mask=tmp_path / "mask.png")
+    result = generate(files, wanted)
+    assert result.pixels.shape == (1, 128, 64, 3)
+    assert (result.record["settings"]["width"], result.record["settings"]["height"]) == (64, 128)
+    assert "tall.png is 67 x 130 pixels: cut around its centre to 64 x 128." in result.notes
+    assert any(note.startswith("mask.png is 64 x 64 pixels") for note in result.notes)
+    original = torch.from_numpy(levels[1:129, 1:65])
+    changed = (result.pixels[0] != original).any(2).float().mean(1)
+    assert (changed[:30] == 0).all()
+    assert (changed[98:] == 0).all()
+    assert (changed[36:92] > 0.5).all()
+
+
+def test_a_size_that_cuts_the_picture_is_told(files, photo):
+    result = generate(files, replace(QUICK, init=photo, width=24, height=48))
+    told = "photo.png is 64 x 64 pixels: scaled to 24 x 48 and cut around its centre, 50% of it."
+    assert told in result.notes
+    as_it_is = generate(files, replace(QUICK, init=photo))
+    assert not any("photo.png" in note for note in as_it_is.notes)
+
+
 def networks(files):
     parts = make_plan(files, QUICK).parts
     return load_mmdit(parts["mmdit"]), load_vae(parts["vae"])
@@ -210,6 +240,12 @@ def test_a_picture_of_a_batch_can_have_a_seed_of_its_own(files):
     batch = generate(files, replace(QUICK, batch=2, seed_each=True))
     alone = generate(files, replace(QUICK, seed=8))
     same_picture(batch.pixels[1:], alone.pixels)
+
+
+def test_a_cfg_of_0_draws_the_negative_prompt_and_says_so(files):
+    result = generate(files, replace(QUICK, cfg=0.0, negative="a dog"))
+    same_picture(result.pixels, generate(files, replace(QUICK, prompt="a dog", cfg=1.0)).pixels)
+    assert sum("the prompt does not count" in note for note in result.notes) == 1
 
 
 def test_skip_layer_guidance_brings_its_own_cfg():
@@ -335,6 +371,49 @@ def test_loras_act_by_their_strength_and_are_recorded(files, plain, tmp_path):
     assert "lora 1" in half.record["fingerprints"]
 
 
+def peft_folder(path, alpha):
+    """A LoRA of rank 2 as PEFT leaves it."""
+    path.mkdir()
+    name = "base_model.model.transformer_blocks.0.attn.to_q"
+    generator = torch.Generator().manual_seed(2)
+    tensors = {
+        f"{name}.lora_A.weight": torch.randn(2, 128, generator=generator),
+        f"{name}.lora_B.weight": torch.randn(128, 2, generator=generator),
+    }
+    save_file(tensors, path / "adapter_model.safetensors")
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha}
+    (path / "adapter_config.json").write_text(json.dumps(settings))
+    return path
+
+
+def test_a_folder_of_peft_acts_at_its_own_strength_and_is_recorded(files, plain, tmp_path):
+    four = peft_folder(tmp_path / "four", alpha=4)
+    one = peft_folder(tmp_path / "one", alpha=1)
+    drawn = generate(replace(files, loras=((four, 0.25),)), QUICK)
+    assert torch.equal(drawn.pixels, generate(replace(files, loras=((one, 1.0),)), QUICK).pixels)
+    assert not torch.equal(drawn.pixels, plain.pixels)
+    assert drawn.record["loras"] == [[four.as_posix(), 0.25]]
+    stored = drawn.record["fingerprints"]
+    (four / "adapter_config.json").write_text('{"r": 2, "lora_alpha": 8}')
+    now = generate(replace(files, loras=((four, 0.25),)), QUICK).record["fingerprints"]
+    changed = [name for name in stored if stored[name] != now[name]]
+    assert changed == ["lora 1 adapter_config.json"]
+
+
+def test_a_lora_for_an_encoder_that_is_not_there_is_noted_or_refused(files, tmp_path):
+    both = write_tiny_lora(tmp_path / "style.safetensors")
+    alone = tmp_path / "alone.safetensors"
+    tensors = {key: value for key, value in load_file(both).items() if "clip_l" in key}
+    save_file(tensors, alone)
+    write_tiny_checkpoint(tmp_path / "without.safetensors", ("mmdit", "vae", "clip_g"))
+    network = Files(checkpoint=tmp_path / "without.safetensors")
+    with pytest.warns(UserWarning, match="CLIP-L, which is not among the files"):
+        plan = make_plan(replace(network, loras=((both, 1.0),)), QUICK)
+    assert list(plan.loras[0][0].parts) == ["mmdit"]
+    with pytest.raises(CheckpointError, match=r"alone\.safetensors: changes .*CLIP-L alone"):
+        make_plan(replace(network, loras=((alone, 1.0),)), QUICK)
+
+
 def test_a_lora_of_another_model_is_refused_before_the_work(files, tmp_path):
     path = write_tiny_lora(tmp_path / "style.safetensors", width=192)
     with pytest.raises(CheckpointError, match=r"style\.safetensors: this LoRA is for another"):
@@ -357,3 +436,34 @@ def test_a_lora_strength_that_is_no_number_is_refused(files, tmp_path):
 def test_a_checkpoint_given_as_lora_is_refused(files):
     with pytest.raises(CheckpointError, match=r"tiny\.safetensors"):
         make_plan(replace(files, loras=((files.checkpoint, 1.0),)), QUICK)
+
+
+@pytest.mark.parametrize(
+    ("function", "stage"),
+    [
+        ("encode_prompts", "encoding the prompts"),
+        ("sample", "sampling"),
+        ("decoded", "decoding"),
+    ],
+)
+def test_full_memory_ends_in_a_sentence_and_the_next_run_draws(
+    files, plain, monkeypatch, function, stage
+):
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(generation, function, full)
+    with pytest.raises(OutOfMemory, match=f"while {stage}. Try .*a smaller batch, a smaller width"):
+        generate(files, replace(QUICK, batch=2))
+    monkeypatch.undo()
+    same_picture(generate(files, QUICK).pixels, plain.pixels)
+
+
+def test_how_it_was_decoded_is_said(files, plain, monkeypatch):
+    (told,) = [gain for gain in plain.gains if gain.name == "decoding in stripes"]
+    assert (told.active, told.note) == (False, "the memory holds the whole")
+    monkeypatch.setattr(generation, "free_memory", lambda device: 1.0)
+    cut = generate(files, QUICK)
+    (told,) = [gain for gain in cut.gains if gain.name == "decoding in stripes"]
+    assert told.active
+    assert (cut.pixels.int() - plain.pixels.int()).abs().max() <= 1

@@ -1,6 +1,7 @@
 """The command line, run as a user runs it."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -17,6 +18,7 @@ from sd3_pack.sd3_core.embedded.captions import short_caption
 from sd3_pack.sd3_core.embedded.render import draw as draw_scenes
 from sd3_pack.sd3_core.embedded.scenes import scenes
 from sd3_pack.sd3_core.pictures import read_png, save_png, to_uint8
+from sd3_pack.sd3_core.training.config import read_toml
 from sd3_pack.sd3_core.verify import LATER_SETTINGS
 from tiny import write_tiny_checkpoint
 from tiny_tokenizers import write_tiny_tokenizers
@@ -62,6 +64,59 @@ def again(picture: Path, model: Path) -> int:
     return main(["verify", str(picture), "--allow", str(model.parent)])
 
 
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
+def test_no_word_ends_a_command_under_a_narrow_code_page(model, tmp_path, encoding):
+    """Redirected: a prompt and names for which the code page has no letters."""
+    name = "ein Vögelchen 猫 😀"
+    folder = tmp_path / name
+    folder.mkdir()
+    shutil.copy(model, folder / "modèle 猫.safetensors")
+    (folder / "kohya.toml").write_text(f'output_dir = "{name}"', encoding="utf-8")
+    drawing = ["generate", name, "--checkpoint", str(folder / "modèle 猫.safetensors"), *QUICK]
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    # One process: each start takes seconds.
+    script = (
+        "import sys; from sd3_core.__main__ import main\n"
+        "sys.exit(max(main(line.split('\\t')) for line in sys.argv[1:]))"
+    )
+    lines = [
+        [*drawing, "-o", str(folder / "猫.png")],
+        ["verify", str(folder / "猫.png")],
+        ["inspect", str(folder / "modèle 猫.safetensors")],
+        ["inspect", "--json", str(folder / "modèle 猫.safetensors")],
+        ["train", "--from-kohya", str(folder / "kohya.toml")],
+    ]
+    command = [sys.executable, "-c", script, *("\t".join(line) for line in lines)]
+    done = subprocess.run(command, cwd=PACK, capture_output=True, env=environment)
+    assert done.returncode == 0, done.stderr.decode()
+    told = done.stdout.decode(encoding)
+    assert "\\u732b.png" in told
+    settings = read_toml(told[told.rindex("run_name") :])
+    assert settings["output"] == name
+    failed = [*command[:3], "inspect\t" + str(folder / "no 猫.safetensors")]
+    done = subprocess.run(failed, cwd=PACK, capture_output=True, env=environment)
+    assert (done.returncode, b"error: " in done.stderr) == (2, True)
+
+
+def test_a_model_whose_name_is_not_utf8_draws_and_verifies(model, tmp_path):
+    odd = tmp_path / os.fsdecode(b"mod\xe8le.safetensors")
+    try:
+        shutil.copy(model, odd)
+    except OSError as error:
+        pytest.skip(f"this file system has no such names ({error})")
+    picture = tmp_path / os.fsdecode(b"\xe9.png")
+    assert draw(odd, picture, "--seed", "5") == 0
+    assert main(["verify", str(picture)]) == 0
+    assert main(["inspect", str(odd)]) == 0
+    assert main(["export", str(tmp_path / "all.safetensors"), "--checkpoint", str(odd)]) == 0
+
+
+def test_half_a_character_in_a_prompt_is_one_sentence(model, tmp_path, capsys):
+    options = ["--checkpoint", str(model), "-o", str(tmp_path / "out.png"), *QUICK]
+    assert main(["generate", "a \ud83d cat", *options]) == 2
+    assert "the prompt holds half a character (U+D83D)" in capsys.readouterr().err
+
+
 def test_a_picture_is_verified_bit_for_bit(model, tmp_path, capsys):
     picture = tmp_path / "out.png"
     assert draw(model, picture, "--seed", "5", "--batch", "2", "--negative", "grün ✓") == 0
@@ -82,6 +137,21 @@ def test_a_picture_drawn_with_the_step_cache_tells_and_verifies(model, tmp_path,
     assert draw(model, tmp_path / "plain.png", "--seed", "5", "--steps", "6") == 0
     assert "Not active: " in capsys.readouterr().out
     assert not (read_png(picture)[0] == read_png(tmp_path / "plain.png")[0]).all()
+
+
+def test_a_picture_with_its_mask_verifies_at_its_own_size(model, tmp_path, capsys):
+    levels = np.random.default_rng(0).integers(0, 256, (67, 45, 3)).astype(np.uint8)
+    Image.fromarray(levels).save(tmp_path / "photo.png")
+    Image.new("L", (30, 20), 255).save(tmp_path / "mask.png")
+    picture = tmp_path / "out.png"
+    files = ["--checkpoint", str(model), "-o", str(picture)]
+    start = ["--init", str(tmp_path / "photo.png"), "--mask", str(tmp_path / "mask.png")]
+    assert main(["generate", "a red circle", *files, *start, "--steps", "2"]) == 0
+    assert "note: photo.png is 45 x 67 pixels: cut around its centre to 40 x 64." in (
+        capsys.readouterr().out
+    )
+    assert Image.open(picture).size == (40, 64)
+    assert main(["verify", str(picture)]) == 0
 
 
 def test_a_picture_from_before_these_settings_verifies(model, drawn, tmp_path):

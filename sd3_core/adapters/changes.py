@@ -163,6 +163,7 @@ class Adapter:
     parameter: str = "weight"
     rows: tuple[int, int] | None = None  # (start, length): a slice of the outputs; None is all
     magnitude: Tensor | None = None  # DoRA: [out, 1] or [1, in]
+    norms_changed: bool = False  # the magnitude is over the norms of the changed weight, as PEFT's
 
     @property
     def name(self) -> str:
@@ -193,7 +194,7 @@ class Adapter:
         part = changed if self.rows is None else changed.narrow(0, *self.rows)
         delta = self.change.delta().to(weight.device).reshape(part.shape)
         if self.magnitude is not None:
-            delta = _decomposed(part, delta, self.magnitude.to(part)) - part
+            delta = _decomposed(part, delta, self.magnitude.to(part), self.norms_changed) - part
         part.add_(delta, alpha=strength)
         return changed
 
@@ -201,17 +202,15 @@ class Adapter:
 LoRA = tuple[Adapter, ...]  # the adapters of one network
 
 
-def _decomposed(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+def _decomposed(weight: Tensor, delta: Tensor, magnitude: Tensor, norms_changed: bool) -> Tensor:
     """The DoRA weight: direction times magnitude.
 
-    A magnitude per output is divided by the norms of the unchanged weight, one per input by those
-    of the changed one.  (The paper norms the changed weight throughout; this is ComfyUI's rule.)
+    The paper norms the changed weight, and so does PEFT.  ComfyUI does it for a magnitude per input
+    alone; one per output is divided by the norms of the unchanged weight, unless `norms_changed`.
     """
     changed = weight + delta
-    if magnitude.shape[0] == weight.shape[0]:
-        normed, axis = weight, 0
-    else:
-        normed, axis = changed, 1
+    axis = 0 if magnitude.shape[0] == weight.shape[0] else 1
+    normed = changed if axis == 1 or norms_changed else weight
     others = [dim for dim in range(weight.dim()) if dim != axis]
     norm = torch.linalg.vector_norm(normed, dim=others, keepdim=True)
     magnitude = magnitude.reshape(norm.shape)

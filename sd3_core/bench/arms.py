@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checkpoints.load import load_mmdit, load_vae, nothing
 from ..conditioning import Conditioning
 from ..guidance import classifier_free
+from ..memory import free_memory
 from ..models.attention import attention
 from ..models.mmdit import MMDiT, MMDiTConfig
 from ..models.onednn import Ops
@@ -81,8 +82,9 @@ class Ours:
 
     def prepare(self, case: Case, file: Path) -> Work:
         if case.work == "decode":
-            vae = load_vae(file, dtype=getattr(torch, case.dtype), device=self.device)
-            return lambda given: stripes.decode(vae, given["x"].to(getattr(torch, case.dtype)))
+            dtype, device = getattr(torch, case.dtype), self.device
+            vae = load_vae(file, dtype=dtype, device=device)
+            return lambda given: stripes.decode(vae, given["x"].to(dtype), free_memory(device))[0]
         if case.work == "train":
             return training.Ours(case, file, self.device)
         self.started = None

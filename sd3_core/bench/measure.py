@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ..measures import trim_heap
+from ..memory import trim_heap
 
 STATUS = Path("/proc/self/status")  # Linux; elsewhere memory is not measured
 SAMPLING = 0.002  # seconds between two looks at the memory

@@ -86,6 +86,9 @@ class GivenBatches(Batches):
     def __init__(self) -> None:
         self.given: Mapping[str, Tensor] = {}
 
+    def parts(self, step: int, rows: range, size: int) -> list[range]:
+        return [rows]
+
     def samples(self, step: int, rows: range, size: int) -> Batch:
         given = self.given
         return Batch(

@@ -142,10 +142,11 @@ def copy_each(weights: Mapping[str, Tensor]) -> None:
 
 def sums(weights: Mapping[str, Tensor]) -> list[float]:
     """What stays the same however an implementation names, splits and turns its weights."""
+    here = [weight.cpu() for weight in weights.values()]  # not every GPU has float64
     return [
-        float(sum(weight.numel() for weight in weights.values())),
-        float(sum(weight.sum(dtype=torch.float64) for weight in weights.values())),
-        float(sum(weight.abs().sum(dtype=torch.float64) for weight in weights.values())),
+        float(sum(weight.numel() for weight in here)),
+        float(sum(weight.sum(dtype=torch.float64) for weight in here)),
+        float(sum(weight.abs().sum(dtype=torch.float64) for weight in here)),
     ]
 
 

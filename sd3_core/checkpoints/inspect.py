@@ -11,11 +11,13 @@ import torch
 from ..models.clip import CLIPConfig
 from ..models.mmdit import MMDiTConfig
 from ..models.vae import VAEConfig
-from ..presets import PRESETS, family
+from ..presets import PRESETS
 from . import lora_keys
+from .family import model_family, model_preset
 from .header import is_folder, read_header
 from .layouts import COMPONENTS, SUPPLIERS, Component, find_components
 from .load import Config, read_config
+from .lora_files import lora_in
 from .sources import SCALE_NAMES, SCALE_SIGNS
 from .stored import Part, name_list
 
@@ -77,6 +79,7 @@ class Report:
     unused: tuple[str, ...]  # stored names that no computation needs
     lacks: dict[str, str]  # network -> files that would supply it
     metadata: dict[str, str]
+    preset: dict[str, float | str]  # what it is drawn with where nothing else is asked for
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2)
@@ -95,6 +98,9 @@ class Report:
                 lines.append(f"  {part.note}")
         if self.lora is not None:
             lines += _lora_lines(self.lora)
+        if self.preset:
+            told = ", ".join(f"{name} {value}" for name, value in self.preset.items())
+            lines.append(f"drawn by default with: {told}")
         if self.tokenizers:
             lines.append(f"tokenizers inside: {', '.join(self.tokenizers)}")
         if self.unused:
@@ -119,9 +125,10 @@ def inspect(path: str | Path) -> Report:
     found = find_components(path)
     sizes = {kind: read_config(component) for kind, component in found.items()}
     mmdit, denoiser = sizes.get("mmdit"), found.get("mmdit")
-    chosen = None
+    chosen, preset = None, {}
     if isinstance(mmdit, MMDiTConfig) and denoiser is not None:
-        chosen = family(mmdit, [path.name, *denoiser.metadata.values()])
+        chosen, suits = model_family(denoiser, mmdit), model_preset(denoiser, mmdit)
+        preset = {name: getattr(suits, name) for name in ("steps", "cfg", "sampler", "shift")}
     return Report(
         file=path.name,
         bytes=sum(file.stat().st_size for file in _files(found)),
@@ -133,13 +140,17 @@ def inspect(path: str | Path) -> Report:
         unused=_unused(found),
         lacks={kind: SUPPLIERS[kind] for kind in COMPONENTS if denoiser and kind not in found},
         metadata=_metadata(found),
+        preset=preset,
     )
 
 
 def _inspect_lora(path: Path) -> Report | None:
-    if is_folder(path) or path.suffix == ".json":
+    if path.suffix == ".json":
         return None
-    header = read_header(path)
+    file = lora_in(path) if is_folder(path) else path
+    if file is None:
+        return None
+    header = read_header(file)
     shapes = {name: info.shape for name, info in header.tensors.items()}
     lora = lora_keys.describe(shapes)
     if lora is None:
@@ -174,6 +185,7 @@ def _inspect_lora(path: Path) -> Report | None:
         unused=(),
         lacks={},
         metadata=header.metadata,
+        preset={},
     )
 
 

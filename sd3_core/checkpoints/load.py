@@ -91,9 +91,10 @@ def load_t5(
     device: str | torch.device = "cpu",
     ops: Any = None,
     attention: Attention = attention,
+    left: Callable[[str], bool] = nothing,
 ) -> T5Encoder:
     """The T5 encoder; arguments as for load_mmdit."""
-    network = _load("t5", where, dtype, device, ops, attention)
+    network = _load("t5", where, dtype, device, ops, attention, left)
     assert isinstance(network, T5Encoder)
     return network
 

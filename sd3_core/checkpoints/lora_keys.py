@@ -121,7 +121,6 @@ _PREFIXES = (
     _Prefix("lycoris_", "LyCORIS", ("mmdit",)),
     _Prefix("model.diffusion_model.", "ComfyUI", ("mmdit",)),
     _Prefix("diffusion_model.", "ComfyUI", ("mmdit",)),
-    _Prefix("base_model.model.", "PEFT", ("mmdit",)),
     _Prefix("transformer.", "diffusers", ("mmdit",)),
     # The encoders are numbered as loaded: alone, T5 is number one, and CLIP-G takes L's names.
     _Prefix("lora_te1_", "kohya", ("clip_l", "t5")),
@@ -140,45 +139,68 @@ _PREFIXES = (
 )
 
 
-def _prefix(name: str) -> _Prefix:
-    return next(prefix for prefix in _PREFIXES if name.startswith(prefix.text))
+# What training leaves in a path, anywhere: torch.compile, DDP, FSDP, checkpointing, PEFT.
+_WRAPPERS = re.compile(
+    r"_orig_mod[._]|(?:^|(?<=\.))"
+    r"(?:module|_fsdp_wrapped_module|_checkpoint_wrapped_module|base_model\.model)\."
+)
+_PEFT = "base_model.model."
+
+
+def _apart(name: str) -> tuple[_Prefix, str]:
+    """The prefix of a name, and the module behind it."""
+    plain = _WRAPPERS.sub("", name)
+    prefix = next(prefix for prefix in _PREFIXES if plain.startswith(prefix.text))
+    return prefix, plain[len(prefix.text) :]
+
+
+def module_of(name: str) -> str:
+    """The module that a name means, as the program that wrote it spells it."""
+    return _apart(name)[1]
 
 
 def place(name: str, loaded: Collection[str] = LOADED) -> Place | None:
     """The parameter that a key's name means, or None.
 
-    loaded: the networks there are; where a name fits several, the first of those that is loaded.
+    loaded: the networks there are; where a name fits several, the first of those that is loaded,
+    else the first.
     """
-    prefix = _prefix(name)
-    for component in prefix.components:
-        if component in loaded:
-            found = _lookup(component, name[len(prefix.text) :])
-            if found is not None:
-                return found
+    prefix, module = _apart(name)
+    for component in sorted(prefix.components, key=lambda kind: kind not in loaded):
+        found = _lookup(component, module)
+        if found is not None:
+            return found
     return None
+
+
+def is_from_peft(names: Iterable[str]) -> bool:
+    """Whether PEFT has written these names: it puts its own prefix before them."""
+    return any(_PEFT in name for name in names)
 
 
 # Roles
 
+_ADAPTER = r"(?:\.(?!(?:weight|bias)$)(?P<adapter>[^.]+))?"  # the name that PEFT gave it
 _ROLES = (  # the end of a key, and what the tensor is
     (r"(?:\.lora_up|_lora\.up|\.lora\.up|\.lora_linear_layer\.up)\.weight", "up"),
     (r"(?:\.lora_down|_lora\.down|\.lora\.down|\.lora_linear_layer\.down)\.weight", "down"),
-    (r"\.lora_B(?:(?:\.default)?\.weight)?", "up"),
-    (r"\.lora_A(?:(?:\.default)?\.weight)?", "down"),
+    (rf"\.lora_B{_ADAPTER}(?:\.weight)?", "up"),
+    (rf"\.lora_A{_ADAPTER}(?:\.weight)?", "down"),
+    (rf"\.lora_B{_ADAPTER}\.bias", "up_bias"),
+    (rf"\.lora_magnitude_vector{_ADAPTER}(?:\.weight)?", "magnitude"),
     (r"\.lora_mid\.weight", "mid"),
-    (r"\.(hada_(?:w[12]_[ab]|t[12]))", None),  # None: the role is the captured name
-    (r"\.(lokr_(?:w[12](?:_[ab])?|t2))", None),
-    (r"\.(alpha)", None),
-    (r"\.(dora_scale)", None),
+    (rf"\.(?P<role>hada_(?:w[12]_[ab]|t[12])){_ADAPTER}", None),
+    (rf"\.(?P<role>lokr_(?:w[12](?:_[ab])?|t2)){_ADAPTER}", None),
+    (r"\.(?P<role>alpha|dora_scale)", None),  # None: the role is the captured name
     (r"\.(?:diff|w_norm)", "diff"),
     (r"\.(?:diff_b|b_norm)", "diff_b"),
 )
-_ROLE_PATTERNS = tuple((re.compile(f"(.*?){pattern}"), role) for pattern, role in _ROLES)
+_ROLE_PATTERNS = tuple((re.compile(f"(?P<name>.*?){pattern}"), role) for pattern, role in _ROLES)
 
 _UNSUPPORTED = (
     (re.compile(r"\.oft_(blocks|diag)$|\.oft_R\b"), "OFT"),
     (re.compile(r"\.[ab][12]\.weight$"), "GLoRA"),
-    (re.compile(r"\.lora_magnitude_vector\b"), "PEFT's DoRA (lora_magnitude_vector)"),
+    (re.compile(r"\.lora_E\b|\.ranknum\b"), "AdaLoRA"),
     (re.compile(r"\.set_weight$|\.reshape_weight$"), "replaced weights (set_weight)"),
     (re.compile(r"\.on_input$|\.ia3_l\b"), "IA3"),
     (re.compile(r"\.(vera_lambda|lora_embedding_[AB]|boft_[RP])\b"), "an adapter of PEFT's"),
@@ -192,12 +214,16 @@ class Keys:
 
     groups: by name, then by role, the key.  unsupported: key -> the method it belongs to.
     embeddings: textual inversions in the same file.  strangers: keys of no known role.
+    adapters: the names that PEFT gave, where keys have them.  doubled: key -> the earlier key of
+    the same name and role.
     """
 
     groups: dict[str, dict[str, str]]
     unsupported: dict[str, str]
     embeddings: tuple[str, ...]
     strangers: tuple[str, ...]
+    adapters: tuple[str, ...]
+    doubled: dict[str, str]
 
 
 def sort_keys(keys: Iterable[str]) -> Keys:
@@ -206,31 +232,44 @@ def sort_keys(keys: Iterable[str]) -> Keys:
     unsupported: dict[str, str] = {}
     embeddings: list[str] = []
     strangers: list[str] = []
+    adapters: list[str] = []
+    doubled: dict[str, str] = {}
     for key in keys:
         split = _split(key)
         if _EMBEDDINGS.search(key):
             embeddings.append(key)
         elif split is not None:
-            groups.setdefault(split[0], {})[split[1]] = key
+            name, role, adapter = split
+            adapters += [adapter] if adapter else []
+            if (earlier := groups.setdefault(name, {}).setdefault(role, key)) != key:
+                doubled[key] = earlier
         elif method := next((m for pattern, m in _UNSUPPORTED if pattern.search(key)), None):
             unsupported[key] = method
         else:
             strangers.append(key)
-    return Keys(groups, unsupported, tuple(embeddings), tuple(strangers))
+    return Keys(
+        groups,
+        unsupported,
+        tuple(embeddings),
+        tuple(strangers),
+        tuple(dict.fromkeys(adapters)),
+        doubled,
+    )
 
 
-def _split(key: str) -> tuple[str, str] | None:
-    """(name, role) of a key."""
+def _split(key: str) -> tuple[str, str, str | None] | None:
+    """(name, role, PEFT's name of the adapter) of a key."""
     for pattern, role in _ROLE_PATTERNS:
         found = pattern.fullmatch(key)
         if found is not None:
-            return found[1], role if role is not None else found[2]
+            parts = found.groupdict()
+            return parts["name"], role or parts["role"], parts.get("adapter")
     return None
 
 
 def kind_of(roles: Collection[str]) -> str | None:
     """The method that these roles make up: "LoRA", "LoHa", "LoKr", "difference", or None."""
-    if {"up", "down", "mid"} & set(roles):
+    if {"up", "down", "mid", "magnitude", "up_bias"} & set(roles):
         return "LoRA"
     for start, kind in (("hada_", "LoHa"), ("lokr_", "LoKr")):
         if any(role.startswith(start) for role in roles):
@@ -255,14 +294,14 @@ def family(names: Iterable[str]) -> str | None:
 
     Only names of a denoiser tell: text encoders are shared between families.
     """
-    denoisers = (name for name in names if _prefix(name).components == ("mmdit",))
+    denoisers = (name for name in names if _apart(name)[0].components == ("mmdit",))
     text = "\n".join(name.replace(".", "_") for name in denoisers)
     return next((owner for sign, owner in _FAMILIES if re.search(sign, text, re.M)), None)
 
 
 def dialect(names: Iterable[str]) -> str:
     """The dialect of most of the names."""
-    counts = Counter(_prefix(name).dialect for name in names)
+    counts = Counter("PEFT" if _PEFT in name else _apart(name)[0].dialect for name in names)
     return counts.most_common(1)[0][0] if counts else "unknown"
 
 
@@ -294,13 +333,13 @@ def describe(shapes: Mapping[str, Sequence[int]]) -> LoRADescription | None:
     foreign_methods = {_adapted(key): method for key, method in keys.unsupported.items()}
     names = dict.fromkeys([*groups, *foreign_methods])
     places = {name: where for name in names if (where := place(name)) is not None}
-    if not groups and not places and all(_prefix(name).dialect == "bare" for name in names):
+    if not groups and not places and all(_apart(name)[0].dialect == "bare" for name in names):
         return None
     owner = family(name for name in names if name not in places)
     found = {} if owner else places
     missed = [key for name in groups if name not in found for key in groups[name].values()]
     missed += [key for key in keys.unsupported if _adapted(key) not in found]
-    ranks = {rank for roles in groups.values() if (rank := _rank(roles, shapes)) is not None}
+    ranks = {rank for roles in groups.values() if (rank := rank_of(roles, shapes)) is not None}
     return LoRADescription(
         dialect=dialect(names),
         kinds=_kinds(groups, foreign_methods),
@@ -322,13 +361,16 @@ def _kinds(groups: Mapping[str, Collection[str]], others: Mapping[str, str]) -> 
     """Adapters by method; a DoRA counts beside the method whose change it norms."""
     kinds = Counter(str(kind_of(roles)) for roles in groups.values())
     kinds.update(others.values())
-    if normed := sum("dora_scale" in roles for roles in groups.values()):
+    if normed := sum(bool({"dora_scale", "magnitude"} & set(roles)) for roles in groups.values()):
         kinds["DoRA"] = normed
     return dict(kinds)
 
 
-def _rank(roles: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> int | None:
-    """The inner size of an adapter, from the factor whose first dimension it is."""
+def rank_of(roles: Mapping[str, str], shapes: Mapping[str, Sequence[int]]) -> int | None:
+    """The inner size of an adapter, from the factor whose first dimension it is; None: it has none.
+
+    roles: its keys.  shapes: by key.
+    """
     for role in ("down", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if role in roles and shapes[roles[role]] and math.prod(shapes[roles[role]]):
             return shapes[roles[role]][0]

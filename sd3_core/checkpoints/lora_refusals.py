@@ -29,13 +29,23 @@ _QUANTISED = re.compile(
 
 
 def check_supported(header: Header, keys: Keys) -> None:
-    """Raises CheckpointError for adapters of a method that is not computed here."""
+    """Raises CheckpointError for a method that is not computed here, or two adapters in one."""
     if keys.unsupported:
         methods = sorted(set(keys.unsupported.values()))
         raise CheckpointError(
             f"{header.path.name}: uses {' and '.join(methods)}, which is not supported here (first "
             f"keys: {name_list(keys.unsupported)}). LoRA, LoHa, LoKr, DoRA (dora_scale) and plain "
             f"differences are; merge it into a model with the program it was trained with."
+        )
+    if len(keys.adapters) > 1:
+        raise CheckpointError(
+            f"{header.path.name}: holds {len(keys.adapters)} adapters side by side "
+            f"({name_list(keys.adapters)}), and nothing says which is meant. Save the one alone."
+        )
+    for key, earlier in keys.doubled.items():
+        raise CheckpointError(
+            f"{header.path.name}: {shown(key)} and {shown(earlier)} are the same part of one "
+            f"adapter. {GET_AGAIN}"
         )
 
 

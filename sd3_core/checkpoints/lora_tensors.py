@@ -54,6 +54,10 @@ def _native_tensors(dialect: str, component: str, adapters: LoRA) -> dict[str, T
         name = _PREFIXES[dialect][component] + module
         suffix = "_b" if adapter.parameter == "bias" else ""
         named = {f"{name}.{role}": t for role, t in _role_tensors(adapter.change, suffix).items()}
+        if adapter.norms_changed:
+            raise CheckpointError(
+                f"PEFT's DoRA of {adapter.name} cannot be written in these names; merge it."
+            )
         if adapter.magnitude is not None:
             named[f"{name}.dora_scale"] = adapter.magnitude
         if named.keys() & tensors.keys():

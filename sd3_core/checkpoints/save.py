@@ -21,9 +21,11 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from ..models.cast import Scaled
+from ..plain_text import as_json, printable
 from .header import DTYPE_NAMES
 from .layouts import COMPONENTS, PREFIXES, Component
 from .load import read_state_dict
+from .products import Product, read_products
 
 ALIGNMENT = 64  # bytes; where the tensors begin, so that mapped weights suit wide vector loads
 # What is being written: .NAME.MACHINE-PROCESS.part; older versions left the machine out.
@@ -71,8 +73,10 @@ def export_checkpoint(
     for kind, part in parts.items():
         if kind not in COMPONENTS:
             raise ValueError(f"unknown network {kind!r}; choose from {', '.join(COMPONENTS)}")
-        state = read_state_dict(part) if isinstance(part, Component) else _state_of(part)
-        for name, tensor in (state | _quantisation(state)).items():
+        stored = isinstance(part, Component)
+        state = read_state_dict(part) if stored else _state_of(part)
+        products = read_products(part) if stored else {}
+        for name, tensor in (state | _quantisation(state, products)).items():
             tensors[PREFIXES[kind] + name] = tensor
     return save_tensors(path, tensors, metadata)
 
@@ -86,13 +90,18 @@ def _state_of(network: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def _quantisation(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """For each scaled fp8 weight the note by which ComfyUI knows it."""
+def _quantisation(
+    state: Mapping[str, Tensor], products: Mapping[str, Product]
+) -> dict[str, Tensor]:
+    """For each scaled fp8 weight the note by which ComfyUI knows it, and its input's scale."""
     notes: dict[str, Tensor] = {}
     for name in state:
         module, _, end = name.rpartition(".")
         if end == "weight_scale":
-            note = json.dumps({"format": FP8_FORMATS[state[f"{module}.weight"].dtype]})
+            product = products.get(module, Product())
+            note = json.dumps(product.note(FP8_FORMATS[state[f"{module}.weight"].dtype]))
+            if product.input_scale is not None:
+                notes[f"{module}.input_scale"] = product.input_scale
             notes[f"{module}.comfy_quant"] = torch.tensor(list(note.encode()), dtype=torch.uint8)
     return notes
 
@@ -189,7 +198,9 @@ def _machine() -> str:
 
 def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    entries: dict[str, object] = {"__metadata__": dict(metadata)}
+    # Of a file's name only what is text: other readers refuse the rest.
+    told = {name: printable(value) for name, value in metadata.items()}
+    entries: dict[str, object] = {"__metadata__": told}
     position = 0
     for name in names:
         tensor = tensors[name]
@@ -200,7 +211,7 @@ def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str,
             "data_offsets": [position, end],
         }
         position = end
-    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text = as_json(entries, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     file.write(len(text).to_bytes(8, "little") + text)
     for name in names:  # one at a time: a mapped 16 GB model passes through little memory

@@ -7,6 +7,7 @@ is changed.
 
 import functools
 import os
+from contextlib import AbstractContextManager, nullcontext
 from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import onednn
 from .onednn import Linear
 
 NO_TRITON = "SD3_WORKBENCH_NO_TRITON"  # environment variable: any value keeps the plain ways
@@ -21,6 +23,7 @@ FEW = 4  # products that are written to their places one by one; more would be s
 SAME = 1e-4  # how far a kernel may lie from the plain way in float32, values being about one
 
 Pair = tuple[Tensor, Tensor]  # (shift, scale), each [B, 1, D]
+Weights = tuple[Tensor, Tensor | None]  # a layer's weight and bias
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -64,7 +67,7 @@ def joint_heads(
     norms = (text.ln_q, text.ln_k, image.ln_q, image.ln_k)
     if not isinstance(image.ln_q, nn.Identity):
         if all(serves(norm, x) for norm in norms):
-            weights = torch.cat([norm.weight for norm in norms])
+            weights = torch.cat([own_weight(norm, x) for norm in norms])
             kernels().norm_heads(heads, weights, texts, image.ln_q.eps)
         else:
             for norm, part, own in zip(norms, (0, 1, 0, 1), (0, 0, 1, 1), strict=True):
@@ -79,20 +82,94 @@ def write_linear(layer: Any, x: Tensor, out: Tensor) -> None:
     if not (writes_itself(layer, x) and len(x) <= FEW):
         out.copy_(layer(x))
         return
-    for tokens, place in zip(x, out, strict=True):  # a sample's rows lie side by side in `out`
-        torch.addmm(layer.bias, tokens, layer.weight.t(), out=place)
+    with lent(layer, x) as (weight, bias):
+        assert bias is not None
+        for tokens, place in zip(x, out, strict=True):  # a sample's rows lie side by side in `out`
+            torch.addmm(bias, tokens, weight.t(), out=place)
+
+
+def linear_of_part(layer: Any, x: Tensor) -> Tensor:
+    """layer(x), where x [B, L, in] is a part of longer samples; its rows lie apart.
+
+    For such tokens torch multiplies without the bias and adds it in another pass.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or not writes_itself(layer, x):
+        return layer(x)
+    out = x.new_empty(*x.shape[:2], layer.out_features)
+    write_linear(layer, x, out)
+    return out
+
+
+def linear_gelu(layer: Any, x: Tensor) -> Tensor:
+    """gelu(layer(x)), GELU by its tanh formula.  x: [B, L, in]."""
+    if (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or not writes_itself(layer, x)
+        or not multiplies_with_gelu(x.device, x.dtype)
+    ):
+        return onednn.linear_gelu(layer, x)
+    tokens = x.flatten(0, 1)
+    return product_gelu(layer.bias, tokens, layer.weight.t()).unflatten(0, x.shape[:2])
+
+
+def product_gelu(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """GELU of bias + x weight, in one pass; the operator has no public spelling."""
+    return torch.ops.aten._addmm_activation(bias, x, weight, use_gelu=True)
+
+
+@functools.cache
+@torch.no_grad()
+def multiplies_with_gelu(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `product_gelu` is there and gives what the two steps give.
+
+    Tried once: torch does not promise which GELU it takes.
+    """
+    draw = torch.Generator().manual_seed(0)
+    bias, x, weight = (torch.randn(n, generator=draw) for n in ((64,), (32, 64), (64, 64)))
+    bias, x, weight = (tensor.to(device, dtype) for tensor in (bias, x, weight / 8))
+    try:
+        found = product_gelu(bias, x, weight.t())
+    except (RuntimeError, NotImplementedError, AttributeError, TypeError):
+        return False
+    product = nn.functional.linear(x.float(), weight.float(), bias.float())
+    wanted = nn.functional.gelu(product, approximate="tanh")
+    allowed = SAME + torch.finfo(dtype).eps * wanted.abs()
+    return bool(((found.float() - wanted).abs() < allowed).all())
 
 
 def writes_itself(layer: Any, x: Tensor) -> bool:
     """Whether the layer is but a product whose output may be given a place."""
-    return (
-        x.device.type == "cuda"
-        and type(layer) in (nn.Linear, Linear)
-        and layer.bias is not None
-        and not hooked(layer)
-        and layer.weight.device == x.device
-        and layer.weight.dtype == layer.bias.dtype == x.dtype
+    linear = isinstance(layer, nn.Linear) and layer.bias is not None
+    return x.device.type == "cuda" and linear and lends(layer, x)
+
+
+def own_weight(norm: Any, x: Tensor) -> Tensor:
+    """The weight of a norm that lends it; what is lent but for a time is copied."""
+    with lent(norm, x) as (weight, _):
+        return weight if weight is norm.weight else weight.clone()
+
+
+def lends(layer: nn.Module, x: Tensor) -> bool:
+    """Whether a layer is but its weights, and gives them out in the device and dtype of x.
+
+    torch's own layers are where theirs lie right; another program's, which may keep them elsewhere
+    or patch them, says so by a function `lend(layer, x)` that it has, a context as `lent` gives.
+    """
+    if hooked(layer):
+        return False
+    if "lend" in vars(layer):
+        return True
+    return type(layer) in (nn.Linear, Linear, nn.RMSNorm) and all(
+        (own.device, own.dtype) == (x.device, x.dtype) for own in layer.parameters(recurse=False)
     )
+
+
+def lent(layer: Any, x: Tensor) -> AbstractContextManager[Weights]:
+    """Weight and bias of a layer that lends them, right for x until the context ends."""
+    if "lend" in vars(layer):
+        return layer.lend(layer, x)
+    return nullcontext((layer.weight, getattr(layer, "bias", None)))
 
 
 def hooked(layer: nn.Module) -> bool:
@@ -109,7 +186,7 @@ def serves(norm: Any, x: Tensor) -> bool:
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not hooked(norm)
-        and (is_bare(norm) or (type(norm) is nn.RMSNorm and norm.weight.dtype == x.dtype))
+        and (is_bare(norm) or (isinstance(norm, nn.RMSNorm) and lends(norm, x)))
         and not why_not(x.device)
     )
 

@@ -12,6 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .gpu import current
+
+MANY = 2048  # elements of a program; more of them are shared by 8 warps instead of 4
+
 
 @triton.jit
 def _norm_modulate(
@@ -93,9 +97,18 @@ def norm_heads(joint: Tensor, weights: Tensor, texts: int, eps: float) -> None:
     """
     batch, tokens, _, heads, size = joint.shape
     block = triton.next_power_of_2(heads)
-    _norm_heads[(batch * tokens, 2)](
-        joint, weights, tokens, texts, heads, eps, SIZE=size, BLOCK=block
-    )
+    with current(joint.device):
+        _norm_heads[(batch * tokens, 2)](
+            joint,
+            weights,
+            tokens,
+            texts,
+            heads,
+            eps,
+            SIZE=size,
+            BLOCK=block,
+            num_warps=8 if block * size > MANY else 4,
+        )
 
 
 def _launch(
@@ -112,26 +125,27 @@ def _launch(
     x = x if x.stride(2) == 1 else x.contiguous()
     out = torch.empty(batch, tokens, width, dtype=x.dtype, device=x.device)
     kept = torch.empty_like(out) if gated else out
-    _norm_modulate[(batch * tokens,)](
-        x,
-        gate,
-        delta,
-        shift,
-        scale,
-        kept,
-        out,
-        tokens,
-        width,
-        x.stride(0),
-        x.stride(1),
-        _batch_stride(gate),
-        _batch_stride(shift),
-        _batch_stride(scale),
-        eps,
-        GATED=gated,
-        BLOCK=triton.next_power_of_2(width),
-        num_warps=8 if width > 1024 else 4,
-    )
+    with current(x.device):
+        _norm_modulate[(batch * tokens,)](
+            x,
+            gate,
+            delta,
+            shift,
+            scale,
+            kept,
+            out,
+            tokens,
+            width,
+            x.stride(0),
+            x.stride(1),
+            _batch_stride(gate),
+            _batch_stride(shift),
+            _batch_stride(scale),
+            eps,
+            GATED=gated,
+            BLOCK=triton.next_power_of_2(width),
+            num_warps=8 if width > 1024 else 4,
+        )
     return kept, out
 
 

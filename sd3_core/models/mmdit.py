@@ -20,8 +20,7 @@ from torch import Tensor, nn
 
 from ..errors import CheckpointError
 from .attention import Attention, attention
-from .fused import gate_norm_modulate, joint_heads, norm_modulate
-from .onednn import linear_gelu
+from .fused import gate_norm_modulate, joint_heads, linear_gelu, linear_of_part, norm_modulate
 
 HEAD_DIM = 64
 TIMESTEP_FREQUENCIES = 256
@@ -260,7 +259,7 @@ class JointBlock(nn.Module):
         q, k, v = joint_heads(text.attn, entering_context, image.attn, entering_x, HEAD_DIM)
         lengths = [context.shape[1], x.shape[1]]
         attended_context, attended_x = attend(q, k, v, None).split(lengths, dim=1)
-        gate, change = image_mod[2], image.attn.proj(attended_x)
+        gate, change = image_mod[2], linear_of_part(image.attn.proj, attended_x)
         if image.attn2 is not None:
             x = torch.addcmul(x, gate, change)
             q, k, v = image.attn2.heads(entering_dual[0])
@@ -268,7 +267,7 @@ class JointBlock(nn.Module):
             gate, change = image_mod[8], image.attn2.proj(attended)
         x = image.feed_forward(x, gate, change, Modulation(*image_mod[3:6]))
         if text.attn.proj is not None:
-            change = text.attn.proj(attended_context)
+            change = linear_of_part(text.attn.proj, attended_context)
             context = text.feed_forward(context, text_mod[2], change, Modulation(*text_mod[3:6]))
         return x, context
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..models.attention import attention
+from ..models.gpu import current
 
 CANDIDATES = {
     "cuda": (
@@ -69,9 +70,10 @@ class MeasuredAttention:
             return attention(q, k, v)
         shape = (q.device, q.dtype, tuple(q.shape), k.shape[2])
         if shape not in self.chosen:
-            if switched_off() or is_recording(q):
-                return attention(q, k, v)
-            self.chosen[shape] = self.quickest(q, k, v)
+            with current(q.device):
+                if switched_off() or is_recording(q):
+                    return attention(q, k, v)
+                self.chosen[shape] = self.quickest(q, k, v)
         return by(self.chosen[shape], q, k, v)
 
     def quickest(self, q: Tensor, k: Tensor, v: Tensor) -> SDPBackend | None:

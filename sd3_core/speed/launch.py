@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..errors import quoted
 from ..models.fused import hooked
+from ..models.gpu import current
 from ..models.mmdit import Tokens
 from .modulation import Columns, TabledMMDiT, with_parts
 
@@ -112,7 +113,8 @@ class Graphs:
             self.recorded.pop(next(iter(self.recorded)))
         x, context, c = (tensor.clone() for tensor in parts(tokens))
         given = Tokens(x, context, c, tokens.size)
-        out, refill = self.capture(lambda: run(given, blocks))
+        with current(x.device):
+            out, refill = self.capture(lambda: run(given, blocks))
         return Recorded(given, out, refill)
 
 

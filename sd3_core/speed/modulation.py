@@ -41,6 +41,11 @@ def is_seldom_used(name: str) -> bool:
     return is_tabled(name) or name == "pos_embed"
 
 
+def tabled_layers(model: MMDiT) -> list[nn.Module]:
+    """The layers that a table stands in for, which hold what `is_tabled` names."""
+    return [model.t_embedder, model.y_embedder, *(layer for _, layer in modulators(model))]
+
+
 def modulators(model: nn.Module) -> Iterator[tuple[str, nn.Sequential]]:
     """Every adaLN of a network, with its path."""
     for path, layer in model.named_modules():
@@ -290,6 +295,6 @@ def looked_up(model: MMDiT, columns: Mapping[str, slice]) -> tuple[nn.ModuleList
 def with_parts(module: nn.Module, parts: Mapping[str, nn.Module]) -> nn.Module:
     """The same module with other parts under these names; it shares all its others."""
     twin = copy.copy(module)
-    twin.__dict__.pop("forward", None)  # gradient checkpointing's, which calls the original
+    twin.__dict__.pop("forward", None)  # such as a compiled one, which calls the original
     twin._modules = {**module._modules, **parts}
     return twin

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..samplers import Velocity
+from ..samplers import Velocity, on_host
 from ..schedule import Window
 
 
@@ -86,7 +86,7 @@ def cached(velocity: Velocity, cache: StepCache) -> Velocity:
     """The same velocities, some of them used again."""
 
     def remembered(x: Tensor, sigma: Tensor) -> Tensor:
-        level = float(sigma[0])
+        level = float(on_host(sigma)[0])
         v = cache.look_up(x, level)
         if v is None:
             v = velocity(x, sigma)

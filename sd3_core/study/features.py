@@ -84,7 +84,7 @@ def ssim(drawn: Tensor, pictures: Tensor) -> float:
     def blurred(x: Tensor) -> Tensor:
         return F.conv2d(x, window, groups=3)
 
-    x, y = drawn.double().cpu(), pictures.double().cpu()
+    x, y = drawn.cpu().double(), pictures.cpu().double()  # Apple's GPUs have no float64
     c1, c2 = (0.01 * 2) ** 2, (0.03 * 2) ** 2  # the range of values is 2
     mean_x, mean_y = blurred(x), blurred(y)
     variance_x = blurred(x * x) - mean_x**2

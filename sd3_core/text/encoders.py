@@ -9,7 +9,7 @@ in its place: so the MMDiT met it in training, where each encoder was dropped no
 import hashlib
 import json
 import math
-from collections.abc import Callable, Collection, Mapping, MutableMapping
+from collections.abc import Callable, Collection, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -26,6 +26,7 @@ from .tokenizers import Tokenizer, Tokens, clip_windows, t5_sequence
 from .vocabularies import Tokenizers
 
 ENCODERS = ("clip_l", "clip_g", "t5")
+RELEASED_WINDOW = 77  # of CLIP, where no CLIP is there to tell
 TITLES = {"clip_l": "CLIP-L", "clip_g": "CLIP-G", "t5": "T5"}
 EMBEDDING_SYNTAX = "embedding:"  # ComfyUI's textual inversion; its files are read by the nodes
 
@@ -74,8 +75,8 @@ class TextEncoders:
     """The encoders of one model: each a network, a function that loads one, or absent.
 
     A function is called when its encoder is first needed, and its network kept.
-    context_dim, pooled_dim: the widths that the MMDiT takes.  window: CLIP's tokens per pass, for
-    the time when no CLIP network is there to tell.
+    context_dim, pooled_dim: the widths that the MMDiT takes.  window: CLIP's tokens per pass, each
+    one's or one number for both, for the time when no CLIP network is there to tell.
     known: prompts encoded before, by a hash of all that decides what becomes of them; identity:
     what the hash should know of the networks.  A known prompt needs no network; `window` must then
     be right.
@@ -92,14 +93,15 @@ class TextEncoders:
         clip_l: CLIPTextModel | Callable[[], CLIPTextModel] | None = None,
         clip_g: CLIPTextModel | Callable[[], CLIPTextModel] | None = None,
         t5: T5Encoder | Callable[[], T5Encoder] | None = None,
-        window: int = 77,
+        window: int | Mapping[str, int] = RELEASED_WINDOW,
         known: MutableMapping[str, Conditioning] | None = None,
         identity: str = "",
     ):
         self.known, self.identity = known, identity
         self.context_dim = context_dim
         self.pooled_dim = pooled_dim
-        self.window = window
+        clips = ("clip_l", "clip_g")
+        self.windows = dict(window if isinstance(window, Mapping) else dict.fromkeys(clips, window))
         sources = {"clip_l": clip_l, "clip_g": clip_g, "t5": t5}
         self.sources = {name: source for name, source in sources.items() if source is not None}
         self.tokenizers = tokenizers
@@ -122,7 +124,8 @@ class TextEncoders:
 
         use: the encoders that are on.  With none the conditioning is all zeros, which the MMDiT
         knows as "no prompt at all".
-        t5_length: T5's least number of tokens, end and padding included; "auto" is CLIP's window.
+        t5_length: T5's least number of tokens, end and padding included; "auto" is CLIP's window,
+        but never more than the released 77.
         A longer text makes a longer sequence; nothing is cut.
         Returns float32 whatever the networks run in: a prompt's weights and guidance both multiply
         small differences between two results of this.
@@ -132,7 +135,7 @@ class TextEncoders:
         on = self._on(use)
         for name in on if self.known is None else ():
             self._network(name)
-        least = least_length(t5_length, self.window)
+        least = least_length(t5_length, min(self.clip_rows(self.sources), RELEASED_WINDOW))
         prompts = {
             "clip_l": prompt,
             "clip_g": prompt if prompt_clip_g is None else prompt_clip_g,
@@ -150,6 +153,27 @@ class TextEncoders:
             },
             notes=(*self._notes_on_encoders(on), *self._notes_on_words(prompts, rows, least)),
         )
+
+    def clip_rows(self, on: Collection[str]) -> int:
+        """Rows of the context that one window of the CLIPs fills: those of the shorter one, as in
+        ComfyUI, where a Long-CLIP stands beside another.  None on: of those that are off."""
+        for names in (on, self.sources, self.windows):
+            windows = [window for name, window in self.windows.items() if name in names]
+            if windows:
+                return min(windows)
+        return RELEASED_WINDOW
+
+    @torch.no_grad()
+    def t5_states(self, prompts: Sequence[str], length: int) -> Tensor:
+        """T5's states of several prompts in one pass: [B, length, D], float32.
+
+        prompts: without weights, each of `length` tokens with its padding.  Raises NumericalError.
+        """
+        network = self._network("t5")
+        parameter = next(network.parameters())
+        ids = [self._rows("t5", prompt, length).texts[0].ids for prompt in prompts]
+        states = network(torch.tensor(ids, device=parameter.device)).float()
+        return check_finite(states, TITLES["t5"], parameter.dtype)
 
     def _on(self, use: Collection[str]) -> list[str]:
         if isinstance(use, str) or not set(use) <= set(ENCODERS):
@@ -180,7 +204,7 @@ class TextEncoders:
         networks = {**self.networks, name: network}
         _check_widths(networks, self.context_dim, self.pooled_dim)
         if name != "t5":
-            self.window = _common_window(networks)
+            self.windows[name] = network.config.window
         self.networks = networks
 
     def _recalled(self, rows: Mapping[str, Rows], windows: int, t5_rows: int) -> Conditioning:
@@ -193,7 +217,7 @@ class TextEncoders:
             name: self._run(name, read if name == "t5" else read.with_windows(windows))
             for name, read in rows.items()
         }
-        conditioning = self._assemble(states, windows * self.window, t5_rows)
+        conditioning = self._assemble(states, windows * self.clip_rows(rows), t5_rows)
         if self.known is not None:
             self.known[key] = conditioning
         return conditioning
@@ -201,7 +225,7 @@ class TextEncoders:
     def _hash(self, rows: Mapping[str, Rows], windows: int, t5_rows: int) -> str:
         """Of the tokens and weights of each encoder that is on, and of the encoders."""
         read = {name: [(row.ids, row.weights) for row in rows[name].texts] for name in rows}
-        sizes = (self.context_dim, self.pooled_dim, self.window, windows, t5_rows)
+        sizes = (self.context_dim, self.pooled_dim, self.clip_rows(rows), windows, t5_rows)
         return hashlib.sha256(json.dumps([self.identity, sizes, read]).encode()).hexdigest()
 
     def _rows(self, name: str, prompt: str, least: int) -> Rows:
@@ -211,8 +235,8 @@ class TextEncoders:
         if name == "t5":
             text = t5_sequence(tokenizer, pieces, least)
             return Rows([text], empty=t5_sequence(tokenizer, [], len(text.ids)))
-        texts = clip_windows(tokenizer, pieces, self.window)
-        return Rows(texts, empty=clip_windows(tokenizer, [], self.window)[0])
+        texts = clip_windows(tokenizer, pieces, self.windows[name])
+        return Rows(texts, empty=clip_windows(tokenizer, [], self.windows[name])[0])
 
     def _run(self, name: str, rows: Rows) -> States:
         network = self._network(name)
@@ -240,12 +264,13 @@ class TextEncoders:
         context = torch.zeros(1, clip_rows + t5_rows, self.context_dim, device=device)
         pooled = torch.zeros(1, self.pooled_dim, device=device)
         if clip_l := states.get("clip_l"):
-            context[:, :clip_rows, : clip_l.context.shape[2]] = clip_l.context
+            context[:, :clip_rows, : clip_l.context.shape[2]] = clip_l.context[:, :clip_rows]
             pooled[:, : clip_l.pooled.shape[1]] = clip_l.pooled
         if clip_g := states.get("clip_g"):
             # CLIP-L's pooled vector is as wide as its states, so this holds without CLIP-L too.
             left = self.pooled_dim - clip_g.pooled.shape[1]
-            context[:, :clip_rows, left : left + clip_g.context.shape[2]] = clip_g.context
+            right = left + clip_g.context.shape[2]
+            context[:, :clip_rows, left:right] = clip_g.context[:, :clip_rows]
             pooled[:, left:] = clip_g.pooled
         if t5 := states.get("t5"):
             context[:, clip_rows:] = t5.context
@@ -263,12 +288,13 @@ class TextEncoders:
     def _notes_on_words(
         self, prompts: Mapping[str, str], rows: Mapping[str, Rows], least: int
     ) -> list[str]:
-        notes = []
+        windows = {name: self.windows[name] for name in rows if name != "t5"}
+        notes = note_on_windows(windows)
         for name, read in rows.items():
             title, windows = TITLES[name], len(read.texts)
             if windows > 1:
                 notes.append(
-                    f"{title} read {read.real} tokens in {windows} windows of {self.window};"
+                    f"{title} read {read.real} tokens in {windows} windows of {self.windows[name]};"
                     " its pooled vector comes from the first."
                 )
             if name == "t5" and read.length > least:
@@ -317,11 +343,15 @@ def _check_widths(networks: Mapping[str, Any], context_dim: int, pooled_dim: int
         )
 
 
-def _common_window(networks: Mapping[str, Any]) -> int:
-    windows = {TITLES[n]: networks[n].config.window for n in networks if n != "t5"}
-    if len(set(windows.values())) > 1:
-        raise CheckpointError(f"CLIP windows differ: {windows}; SD3 lays them side by side.")
-    return next(iter(windows.values()))
+def note_on_windows(windows: Mapping[str, int]) -> list[str]:
+    """Of CLIPs whose windows differ, as Long-CLIP's from CLIP-G's.  windows: by encoder."""
+    if len(set(windows.values())) < 2:
+        return []
+    told = " and ".join(f"{TITLES[name]} {window}" for name, window in windows.items())
+    return [
+        f"The windows of the CLIPs differ ({told} tokens): their rows lie side by side as far as "
+        "the shorter ones go, as in ComfyUI."
+    ]
 
 
 def least_length(t5_length: int | str, window: int) -> int:

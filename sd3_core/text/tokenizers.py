@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError, cut
+from ..plain_text import check_whole
 from .prompt import Piece
 
 CLIP_START = "<|startoftext|>"
@@ -237,7 +238,7 @@ def _t5_from_spiece(files: TokenizerFiles) -> Tokenizer:
 
     def ids(text: str) -> list[int]:
         found: list[int] = []
-        parts = between.split(checked(text))
+        parts = between.split(check_whole(text, "the prompt"))
         with _guarded(files, "encode a text"):
             for part in parts:
                 found += [special[part]] if part in special else processor.encode(part)
@@ -257,22 +258,11 @@ def _t5_from_spiece(files: TokenizerFiles) -> Tokenizer:
 
 def _encode(backend: Any, files: TokenizerFiles) -> Callable[[str], list[int]]:
     def ids(text: str) -> list[int]:
-        text = checked(text)
+        whole = check_whole(text, "the prompt")
         with _guarded(files, "encode a text"):
-            return backend.encode(text, add_special_tokens=False).ids
+            return backend.encode(whole, add_special_tokens=False).ids
 
     return ids
-
-
-def checked(text: str) -> str:
-    """The text itself.  Raises ValueError for half a character, which JSON and shells let pass."""
-    half = re.search("[\ud800-\udfff]", text)
-    if half is None:
-        return text
-    raise ValueError(
-        f"the prompt holds half a character (U+{ord(half[0]):04X}), as a badly copied emoji leaves "
-        "behind: delete it or type it anew."
-    )
 
 
 def _size(backend: Any) -> int:

@@ -5,6 +5,7 @@ matter how processes and accumulated passes share a batch, nor where a run was s
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Protocol
 
 import torch
@@ -55,8 +56,15 @@ class Batches:
         self.dataset, self.config = dataset, config
         self.entries = Remembered(entries)
 
+    def parts(self, step: int, rows: range, size: int) -> list[range]:
+        """These rows of a step's batch, parted where another size of pictures begins."""
+        draws = self.dataset.batch(step, size, self.config.seed, rows.start, len(rows))
+        buckets = [self.dataset.items[draw.item].bucket for draw in draws]
+        starts = [n for n, one in enumerate(buckets) if not n or one != buckets[n - 1]]
+        return [rows[start:end] for start, end in pairwise([*starts, len(rows)])]
+
     def samples(self, step: int, rows: range, size: int) -> Batch:
-        """The samples `rows` of the batch of `size` of this step, counted from 0."""
+        """The samples `rows` of the batch of `size` of this step, counted from 0; see `parts`."""
         draws = self.dataset.batch(step, size, self.config.seed, rows.start, len(rows))
         places = [(self.config.seed, step, index) for index in rows]
         latents = [self.entries.latents(self.dataset.items[draw.item]) for draw in draws]

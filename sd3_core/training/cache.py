@@ -8,7 +8,7 @@ Each encoder has an entry of its own for a caption: another T5 length leaves CLI
 """
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -64,7 +64,8 @@ class TextStage:
 
     identity: str
     read: Callable[[str], Reading]
-    load: Callable[[], Callable[[str], States]]  # takes Reading.text
+    # Takes the texts of Readings, gives the states of each as they come.
+    load: Callable[[], Callable[[Sequence[str]], Iterator[States]]]
 
 
 @dataclass(frozen=True)
@@ -219,8 +220,8 @@ class Cache:
         self, name: str, wanted: Mapping[Path, str], on_progress: OnProgress | None
     ) -> None:
         encode = self.texts[name].load()
-        for done, (path, caption) in enumerate(wanted.items(), 1):
-            states = encode(self.texts[name].read(caption).text)
+        every = encode([self.texts[name].read(caption).text for caption in wanted.values()])
+        for done, (path, states) in enumerate(zip(wanted, every, strict=True), 1):
             pooled = {"pooled": states.pooled} if len(states.pooled) else {}
             write_entry(path, {"context": states.context, **pooled}, self.storage)
             _tell(on_progress, name, done, len(wanted))

@@ -5,6 +5,7 @@ import json
 import math
 import re
 import types
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
@@ -12,8 +13,9 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from ..errors import LONGEST_ECHO, cut, quoted
 from ..lora import KINDS, STREAMS
-from ..reading import read_regular
-from ..settings import FLAGS, Files
+from ..plain_text import check_whole, decode_text
+from ..reading import read_regular, reason
+from ..settings import FLAGS, LARGEST, LONGEST_T5, Files
 from ..text.encoders import ENCODERS
 from .folders import Source
 
@@ -23,6 +25,7 @@ LORA_OPTIMIZERS = ("adamw", "adafactor", "adamw_8bit", "prodigy")
 OPTIMIZERS = (*LORA_OPTIMIZERS, "muon")  # that one for the matrices of a whole model
 PRIOR_WEIGHT = 4.0  # more forgets less and learns more slowly
 LR_SCHEDULES = ("constant", "cosine")
+OF_A_FOLDER = tuple(field.name for field in fields(Source) if field.name != "path")
 TEXT_ENCODERS_STAY = "text encoders are not trained here: a LoRA changes the MMDiT alone"
 _OF_TEXT_ENCODERS = re.compile(
     r"text_?encoder|(^|_)(te\d?|clip(_[lg])?|t5(xxl)?)_(lr|lora|rank)|train_(te|clip|t5)"
@@ -183,6 +186,13 @@ class TrainConfig(LoopConfig):
             self.dtype in ("auto", "bf16", "fp32"),
             "auto, bf16 or fp32: fp16 overflows in training",
         )
+        steps, cfg = self.sample_steps or 1, self.sample_cfg or 0.0
+        _check(self, "sample_steps", self.sample_steps != 0 and steps >= 1, "a whole number from 1")
+        _check(self, "sample_cfg", abs(cfg) <= LARGEST, f"a number, at most {LARGEST:g} in size")
+        _check(self, "sample_seed", 0 <= self.sample_seed < 2**64, "between 0 and 2**64 - 1")
+        rows = LONGEST_T5 if self.t5_length == "auto" else self.t5_length
+        good = isinstance(rows, int) and 1 <= rows <= LONGEST_T5
+        _check(self, "t5_length", good, f"auto or a number of tokens from 1 to {LONGEST_T5}")
         if self.sample_every and not self.sample_prompts:
             raise ValueError("sample_every is set without sample_prompts: give a list of prompts.")
         _check(self, "dpo_beta", 0 < self.dpo_beta < math.inf, "above 0, such as 2000")
@@ -255,11 +265,14 @@ def _choice(config: Any, name: str, known: tuple[str, ...]) -> None:
 def read_settings(path: Path) -> dict[str, Any]:
     """The table in a .toml or .json file.  Raises ValueError."""
     try:
-        text = read_regular(path, LARGEST_SETTINGS).decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path}: cannot be read ({getattr(error, 'strerror', error)})."
-        ) from error
+        read = decode_text(read_regular(path, LARGEST_SETTINGS))
+    except OSError as error:
+        raise ValueError(f"{path}: cannot be read ({reason(error)}).") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}.") from error
+    if read.note:
+        warnings.warn(f"{path.name} {read.note}.", stacklevel=2)
+    text = read.text
     try:
         table = json.loads(text) if path.suffix.lower() == ".json" else read_toml(text)
     except (ValueError, RecursionError) as error:
@@ -307,13 +320,28 @@ def make_config(table: Mapping[str, Any]) -> TrainConfig:
         if name not in hints:
             if _OF_TEXT_ENCODERS.search(name):
                 raise ValueError(f"there is no setting {quoted(name)}: {TEXT_ENCODERS_STAY}.")
+            if name in OF_A_FOLDER:
+                raise ValueError(
+                    f"{name} is said of a folder: "
+                    f'data = [{{ path = "pictures", {name} = {cut(json.dumps(table[name]))} }}].'
+                )
             close = difflib.get_close_matches(name[:LONGEST_ECHO], hints, 1)
             guess = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(f"there is no setting {quoted(name)}.{guess}")
     missing = [f.name for f in fields(TrainConfig) if f.default is MISSING and f.name not in table]
     if missing:
         raise ValueError(f"{', '.join(missing)} is missing; it names the run and its folder.")
+    for name, value in table.items():
+        if not {Path, Source} & {hints[name], *get_args(hints[name])}:  # names of files may be odd
+            _check_texts(name, value)
     return TrainConfig(**{name: _value(name, table[name], hints[name]) for name in table})
+
+
+def _check_texts(name: str, value: Any) -> None:
+    """Raises ValueError for half a character."""
+    for text in value if isinstance(value, list | tuple) else [value]:
+        if isinstance(text, str):
+            check_whole(text, name)
 
 
 def plain_settings(config: LoopConfig) -> dict[str, Any]:
@@ -336,7 +364,9 @@ def told_settings(config: LoopConfig) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if isinstance(value, Source):
         plain = {"path": value.path.as_posix(), "repeats": value.repeats, "weight": value.weight}
-        return {**plain, "prior": True} if value.prior else plain
+        rare = {field.name: getattr(value, field.name) for field in fields(Source)[len(plain) :]}
+        unsaid = {field.name: field.default for field in fields(Source)}
+        return plain | {name: one for name, one in rare.items() if one != unsaid[name]}
     if isinstance(value, Path):
         return value.as_posix()
     return [_plain(one) for one in value] if isinstance(value, tuple) else value
@@ -401,7 +431,7 @@ def _source(value: Any) -> Source:
         return value
     if isinstance(value, str | Path):
         return Source(Path(value))
-    known = {"path", "repeats", "weight", "prior"}
+    known = {"path", *OF_A_FOLDER}
     if not isinstance(value, Mapping) or not {"path"} <= set(value) <= known:
         raise TypeError
     return Source(
@@ -409,6 +439,10 @@ def _source(value: Any) -> Source:
         _of(value.get("repeats", 1), int),
         float(_of(value.get("weight", 1.0), int, float)),
         _of(value.get("prior", False), bool),
+        _of(value.get("subfolders", True), bool),
+        _of(value.get("caption", ""), str),
+        _of(value.get("caption_extension", ""), str),
+        _of(value.get("lines", Source.lines), str),
     )
 
 
@@ -426,7 +460,8 @@ def _described(hint: Any) -> str:
         return " or ".join(f'"{one}"' for one in arguments)
     if hint is Source:
         return (
-            'a folder, "pictures", or {path = "pictures", repeats = 2, weight = 1.0, prior = true}'
+            'a folder, "pictures", or {path = "pictures", repeats = 2, weight = 1.0, prior = true, '
+            'lines = "whole"}'
         )
     words = {int: "a whole number", float: "a number", bool: "true or false"}
     return words.get(hint, "text in quotes")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoints.save import save_bytes
+from ..plain_text import as_json
 from ..reading import LARGEST_TEXT, read_regular
 from .report import some_names
 
@@ -61,7 +62,7 @@ def write_contents(
     stored = {
         name: {"identity": identity[name], "items": dict(items)} for name, items in contents.items()
     }
-    save_bytes(path, json.dumps(stored, ensure_ascii=False).encode(), aside=False)
+    save_bytes(path, as_json(stored).encode(), aside=False)
 
 
 def read_contents(path: Path, identity: Mapping[str, Any]) -> dict[str, Contents]:

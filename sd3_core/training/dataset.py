@@ -6,7 +6,7 @@ same for pictures in memory.  `Dataset.batch` says who comes next; it keeps no s
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +21,7 @@ from .folders import Found, Listing, Source, list_pictures
 from .framing import Framing
 from .order import Groups, chance, epoch_order
 from .pixels import FilePicture, TensorPicture
-from .report import Report, Skipped
+from .report import Report, Skipped, by_value, joined, left_out_told, with_wildcards
 from .scan import Facts, look_at_all
 
 MOST_CROPPED = 1 / 3  # of a picture's area, before the report names it
@@ -76,9 +76,11 @@ class Dataset:
         """Samples offset .. offset + count of the batch of `size` that step (from 0) trains on.
 
         size: the whole batch, over all processes and accumulated parts, so that it does not matter
-        how these share it: each takes its slice; all of it lies in one bucket.  Every `epoch(size)`
-        steps each item has come `repeats` times at least; only what fills a bucket's last batch
-        comes more often.  The same for the same step, size and seed, whatever was asked before.
+        how these share it: each takes its slice.  Samples of one bucket lie side by side; a batch
+        has several where their pictures do not fill batches of their own.  Every `epoch(size)`
+        steps each item has come `repeats` times; only the `filled(size)` samples that an epoch's
+        last batch lacks come besides, of items picked by chance.  The same for the same step, size
+        and seed, whatever was asked before.
         """
         count = size - offset if count is None else count
         if step < 0 or size < 1 or offset < 0 or count < 0 or offset + count > size:
@@ -93,6 +95,14 @@ class Dataset:
     def epoch(self, size: int) -> int:
         """Steps of an epoch with batches of this size."""
         return self._groups.batches(size)
+
+    def filled(self, size: int) -> int:
+        """Samples of an epoch, with batches of this size, beyond the items' repeats."""
+        return self.epoch(size) * size - self._groups.draws
+
+    def mixes(self, size: int) -> bool:
+        """Whether a batch of this size may hold pictures of several buckets."""
+        return self._groups.mixes(size)
 
     def captions(self) -> list[str]:
         """Every caption that may be drawn, once."""
@@ -221,7 +231,8 @@ def read_dataset(
     ]
     if all(one.found.prior for one in used):
         learnt = [source for source in sources if not source.prior]
-        raise ValueError(_nothing_left(learnt, skipped))
+        left_out = joined([one.left_out for one in listings])
+        raise ValueError(_nothing_left(learnt, skipped, left_out))
     items = tuple(one.item for one in used)
     return Dataset(items, _report(used, listings, skipped), original_share)
 
@@ -278,8 +289,14 @@ def _check_bucket(found: Found, framing: Framing) -> None:
             raise ValueError(f"{found.name}: {found.row.line}: {error}.") from error
 
 
-def _nothing_left(sources: Sequence[Source], skipped: Sequence[Skipped]) -> str:
+def _nothing_left(
+    sources: Sequence[Source],
+    skipped: Sequence[Skipped],
+    left_out: Mapping[str, Sequence[str]],
+) -> str:
     folders = ", ".join(str(source.path) for source in sources) or "no folder given"
+    if not skipped and left_out:
+        return f"{folders}: no picture to learn from in it; {'; '.join(left_out_told(left_out))}."
     if not skipped:
         return f"{folders}: no picture in it; {', '.join(EXTENSIONS)} are read."
     first = skipped[0]
@@ -297,10 +314,16 @@ def _report(
         prior_draws=sum(item.repeats for item in items if item.prior),
         buckets=_bucket_counts(items),
         skipped=tuple(skipped),
+        left_out=joined([one.left_out for one in listings]),
         without_caption=tuple(one.found.name for one in used if not one.found.captions),
+        several_lines=by_value({one.found.name: one.found.lines for one in used}),
+        wildcards=with_wildcards({item.name: item.captions for item in items}),
         small=tuple(one.found.name for one in used if one.enlarged),
         cropped=tuple(one.found.name for one in used if one.kept < 1 - MOST_CROPPED),
-        notes=tuple(f"{one.found.name}: {one.facts.note}" for one in used if one.facts.note),
+        notes=(
+            *(note for one in listings for note in one.notes),
+            *(f"{one.found.name}: {one.facts.note}" for one in used if one.facts.note),
+        ),
         repeated_folders={k: v for one in listings for k, v in one.repeated_folders.items()},
         exact_duplicates=exact_duplicates({one.found.name: one.facts.digest for one in used}),
         near_duplicates=near_duplicates({one.found.name: one.facts.hash for one in used}),

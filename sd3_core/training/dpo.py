@@ -40,7 +40,7 @@ class DPOTask(FlowTask):
         """The reference's errors of the held pairs measured so far, by their number."""
         return {}
 
-    def loss(self, step: int, rows: range, size: int) -> Losses:
+    def part(self, step: int, rows: range, size: int) -> Losses:
         winner, loser = pairs(self.batches, step, rows, size)
         with torch.no_grad(), lora.disabled(self.model):
             reference = self.errors(winner, loser)

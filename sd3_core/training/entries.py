@@ -78,7 +78,8 @@ def disk_full(folder: Path, size: int) -> OSError:
     free = shutil.disk_usage(existing).free
     error = OSError(
         f"{folder}: the disk is full: {size:,} bytes are needed, {free:,} are free. Make room, or "
-        "choose another cache folder; what is cached already stays."
+        "let output name a folder on another disk, where the cache is then, too (in ComfyUI: "
+        "--output-directory); what is cached already stays."
     )
     error.errno = errno.ENOSPC
     return error

@@ -91,6 +91,15 @@ class FlowTask:
         return predict
 
     def loss(self, step: int, rows: range, size: int) -> Losses:
+        parts = [self.part(step, some, size) for some in self.batches.parts(step, rows, size)]
+        names = parts[0].logs
+        return Losses(
+            torch.cat([one.each for one in parts]),
+            {name: torch.cat([one.logs[name] for one in parts]) for name in names},
+        )
+
+    def part(self, step: int, rows: range, size: int) -> Losses:
+        """The loss of rows whose pictures are of one size: one pass of the network."""
         batch = self.batches.samples(step, rows, size)
         device = self.place.device
         x0, noise, t = batch.x0.to(device), batch.noise.to(device), self.objective.draw(batch.u)
@@ -123,7 +132,7 @@ class FlowTask:
             yield
             return
         device = self.place.device
-        cuda = [device.index or 0] if device.type == "cuda" else []
+        cuda = [device] if device.type == "cuda" else []
         self.model.train()
         with torch.random.fork_rng(cuda):
             draws = generator(self.config.seed, step, row, "dropout")

@@ -3,111 +3,41 @@
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .config import TEXT_ENCODERS_STAY, TrainConfig, make_config, read_settings
-
-# What is always so here, or belongs to a way of working that there is not: no word about these.
-ALWAYS_SO = frozenset(
-    (
-        *("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "save_state"),
-        *("cache_text_encoder_outputs_to_disk", "save_state_on_train_end", "skip_cache_check"),
-        *("sdpa", "xformers", "mem_eff_attn", "highvram", "lowvram", "vae_batch_size"),
-        *("max_data_loader_n_workers", "persistent_data_loader_workers"),
-        *("logging_dir", "log_with", "log_prefix", "console_log_level", "metadata_title"),
-    )
+from ..errors import cut, quoted
+from ..plain_text import check_whole, decode_text
+from ..reading import read_regular, reason
+from .config import LARGEST_SETTINGS, TEXT_ENCODERS_STAY, TrainConfig, make_config, read_settings
+from .densities import find_density
+from .kohya_data import (
+    INHERITED,
+    OF_DATASETS,
+    OF_SOURCES,
+    RENAMED_ARGUMENTS,
+    UNSAID,
+    Subset,
+    given,
+    merged_subsets,
+    numbered_folders,
+    sources,
 )
-# As ALWAYS_SO, but at these values only.
-EXPECTED = {
-    "network_module": ("networks.lora_sd3",),
-    "network_train_unet_only": (True,),
-    "enable_bucket": (True,),
-    "caption_extension": (".txt", ".caption"),
-    "save_model_as": ("safetensors",),
-}
-RENAMED = {
-    "max_train_steps": "steps",
-    "train_batch_size": "batch_size",
-    "batch_size": "batch_size",  # of a dataset
-    "gradient_accumulation_steps": "accumulation",
-    "learning_rate": "learning_rate",
-    "max_grad_norm": "clip",
-    "network_dim": "rank",
-    "network_alpha": "lora_alpha",
-    "network_dropout": "lora_dropout",
-    "seed": "seed",
-    "output_dir": "output",
-    "pretrained_model_name_or_path": "checkpoint",
-    "vae": "vae",
-    "clip_l": "clip_l",
-    "clip_g": "clip_g",
-    "t5xxl": "t5",
-    "t5xxl_max_token_length": "t5_length",
-    "train_data_dir": "data",
-    "bucket_reso_steps": "bucket_step",
-    "save_every_n_steps": "export_every",
-    "sample_every_n_steps": "sample_every",
-    "gradient_checkpointing": "gradient_checkpointing",
-    "training_shift": "shift",
-    "caption_dropout_rate": "caption_dropout",
-}
-CHOICES = {
-    "optimizer_type": (
-        "optimizer",
-        {
-            "adamw": "adamw",
-            "adamw8bit": "adamw_8bit",
-            "adafactor": "adafactor",
-            "prodigy": "prodigy",
-        },
-    ),
-    "lr_scheduler": (
-        "lr_schedule",
-        {"constant": "constant", "constant_with_warmup": "constant", "cosine": "cosine"},
-    ),
-    "mixed_precision": ("dtype", {"bf16": "bf16", "no": "fp32"}),
-    "save_precision": ("save_dtype", {"float": "fp32", "fp16": "fp16", "bf16": "bf16"}),
-    "random_crop": ("crop", {"true": "random", "false": "centre"}),
-    "alpha_mask": ("alpha", {"true": "mask", "false": "composite"}),
-}
-NOT_USED = {
-    "max_train_epochs": "give steps; `train` tells how many epochs they are",
-    "save_every_n_epochs": "give export_every, in steps",
-    "sample_every_n_epochs": "give sample_every, in steps",
-    "network_train_unet_only": TEXT_ENCODERS_STAY,
-    "text_encoder_lr": TEXT_ENCODERS_STAY,
-    "network_module": "a LoRA on attention, MLP and adaLN is taught",
-    "enable_bucket": "every picture goes to a bucket of its aspect; widest = 1 makes all square",
-    "caption_extension": "captions are read from .txt and .caption files",
-    "save_model_as": "files are safetensors",
-    "class_tokens": "write captions, or name the folder as in 10_cat",
-    "fp8_base": "give an fp8 file of the model; it is kept as it is stored",
-    "blocks_to_swap": "blocks stay on the device; gradient_checkpointing saves most",
-    "prior_loss_weight": "here prior_weight weighs how far the LoRA moves regularisation pictures",
-    "reg_data_dir": "a dataset_config names its own, with is_reg",
-    "flip_aug": "pictures are never mirrored",
-    "mixed_precision": "fp16 overflows in training",
-    "apply_t5_attn_mask": "SD3 was trained without masks",
-    "apply_lg_attn_mask": "SD3 was trained without masks",
-}
+from .kohya_names import (
+    ALWAYS_SO,
+    CHOICES,
+    DEFAULTS_THERE,
+    EXPECTED,
+    INSTEAD,
+    RENAMED,
+    is_off,
+    unused,
+)
+from .run import plain_name
 
-
-# What sd-scripts does when nothing is said, and we do not: our setting, and the value it has there.
-DEFAULTS_THERE = {
-    "rank": 4,
-    "warmup": 0,
-    "t5_length": 256,
-    "caption_dropout": 0.0,
-    "density": "uniform",
-    "shift": 1.0,
-    "loss_space": "x0",
-}
-
-
-_OF_A_SOURCE = ("subsets", "image_dir", "num_repeats", "is_reg")
+MOST_BLOCKS = 1000  # no model has as many
 
 
 @dataclass(frozen=True)
@@ -117,42 +47,54 @@ class Translated:
     settings: dict[str, Any]
     ignored: tuple[str, ...]  # a line for each setting that is not used
     defaults: tuple[str, ...]  # settings of ours that would be other ones if nothing is said there
+    notes: tuple[str, ...] = ()  # what is otherwise here, whatever is set
 
     def config(self) -> TrainConfig:
         return make_config(self.settings)
 
-    def toml(self) -> str:
-        return "\n".join(f"{name} = {_toml(value)}" for name, value in self.settings.items())
+    def toml(self, ascii_only: bool = False) -> str:
+        """ascii_only: for an output that does not hold every letter."""
+        lines = (f"{name} = {_toml(value)}" for name, value in self.settings.items())
+        text = "\n".join(lines)
+        return _NOT_ASCII.sub(_escape, text) if ascii_only else text
 
 
 def translate(path: Path) -> Translated:
     """What a sd-scripts configuration asks for; its dataset_config is read too, if it is there.
 
-    Names that are not given keep our defaults, but for alpha, whose default there is 1, and for the
-    layers, of which there adaLN is one kind; where they differ in more, that is told.  Raises
-    ValueError for a file that cannot be read and for values that make no sense.
+    The file may also be a dataset_config itself.  Names that are not given keep our defaults, but
+    for alpha, whose default there is 1, and for the layers, of which there adaLN is one kind; where
+    they differ in more, that is told.  Raises ValueError for a file that cannot be read and for
+    values that make no sense.
     """
-    table = _flat(read_settings(path))
+    table = read_settings(path)
     translation = Translation(path)
-    if name := table.pop("dataset_config", None):
-        beside = [Path(name), path.parent / name]
+    datasets = dict(table) if "datasets" in table else None
+    arguments = {k: v for k, v in table.items() if datasets is None or k not in _DATASET_FILE}
+    arguments = given(_flat(arguments))
+    if datasets is None and (name := arguments.pop("dataset_config", None)):
+        beside = [Path(str(name)), path.parent / str(name)]
         if found := next((one for one in beside if one.is_file()), None):
-            table = {**_flat(read_settings(found)), **table}
+            datasets = read_settings(found)
         else:
-            translation.ignored.append(f"dataset_config = {name}: there is no such file")
-    translation.read(table)
+            translation.ignored.append(f"dataset_config = {cut(name)}: there is no such file")
+    translation.read(arguments, datasets)
     defaults = tuple(
         f"{name} = {_toml(value)}"
         for name, value in DEFAULTS_THERE.items()
-        if name not in translation.settings
+        if name not in translation.settings and INSTEAD.get(name) not in translation.seen
     )
-    translated = Translated(translation.settings, tuple(translation.ignored), defaults)
-    translated.config()
+    told = (tuple(translation.ignored), defaults, tuple(translation.notes))
+    translated = Translated(translation.settings, *told)
+    find_density(translated.config().density)
     return translated
 
 
+_DATASET_FILE = ("general", "datasets")
+
+
 def _flat(table: Mapping[str, Any]) -> dict[str, Any]:
-    """Sections mean nothing to sd-scripts; lists of tables (datasets) stay."""
+    """Sections mean nothing to sd-scripts' arguments."""
     flat: dict[str, Any] = {}
     for name, value in table.items():
         flat.update(_flat(value) if isinstance(value, Mapping) else {name: value})
@@ -163,61 +105,158 @@ class Translation:
     """A translation under way."""
 
     def __init__(self, path: Path):
-        name = re.sub(r"[^\w .+-]", "_", path.stem).strip(" .-+") or "run"
-        self.settings: dict[str, Any] = {"run_name": name}
+        self.settings: dict[str, Any] = {"run_name": plain_name(path.stem)}
         self.ignored: list[str] = []
+        self.notes: list[str] = []
+        self.seen: set[str] = set()  # names of theirs that were given
         self.special: dict[str, Callable[[Any], bool]] = {
             "output_name": self._name,
             "unet_lr": self._rate,
             "lr_warmup_steps": self._warmup,
             "resolution": self._resolution,
+            "enable_bucket": self._buckets,
             "optimizer_args": self._optimizer_arguments,
+            "use_8bit_adam": lambda value: bool(value) and self._put("optimizer", "adamw_8bit"),
             "network_args": self._network_arguments,
             "min_timestep": lambda value: self._put("lowest_sigma", value / 1000),
             "max_timestep": lambda value: self._put("highest_sigma", value / 1000),
             "sample_prompts": self._prompts,
-            "datasets": self._datasets,
-            "reg_data_dir": self._prior_folder,
             "prior_loss_weight": self._prior_weight,
         }
 
-    def read(self, table: dict[str, Any]) -> None:
+    def read(self, arguments: dict[str, Any], datasets: Mapping[str, Any] | None) -> None:
+        """datasets: what a dataset_config holds; None: there is none."""
+        renamed = {RENAMED_ARGUMENTS[k]: v for k, v in arguments.items() if k in RENAMED_ARGUMENTS}
+        arguments = {k: v for k, v in arguments.items() if k not in RENAMED_ARGUMENTS} | renamed
+        shared = {k: v for k, v in arguments.items() if k in INHERITED}
+        own = {k: v for k, v in arguments.items() if k not in INHERITED}
+        if datasets is None:
+            subsets = self._folders_of_arguments(own, shared)
+        else:
+            tables = datasets.get("datasets", [])
+            subsets = merged_subsets(shared, datasets.get("general", {}), tables)
+            for number in range(1, len(tables) + 1):
+                if number not in {subset.dataset for subset in subsets}:
+                    self.ignored.append(f"dataset {number}: has no subsets")
+        if subsets and (data := self._with_something_learnt(sources(subsets, self.ignored))):
+            self._put("data", data)
+        general = {} if datasets is None else given(datasets.get("general", {}))
+        self._settings_of_data(subsets or [Subset({**shared, **general})])
+        self._arguments(own)
+        self._tell(own, subsets)
+        self.settings.setdefault("lora_alpha", 1.0)
+        self.settings.setdefault("lora_kinds", ["attn", "attn2", "mlp", "adaLN"])
+
+    # The data
+
+    def _folders_of_arguments(
+        self, arguments: dict[str, Any], shared: dict[str, Any]
+    ) -> list[Subset]:
+        """train_data_dir and reg_data_dir, whose numbered folders count."""
+        folders, whole = [], []
+        for name, prior in (("train_data_dir", False), ("reg_data_dir", True)):
+            home = arguments.pop(name, None)
+            if home is None:
+                continue
+            if not isinstance(home, str):
+                raise ValueError(f"{name} is {quoted(home)}; sd-scripts has no such value.")
+            if Path(home).is_dir():
+                folders += numbered_folders(name, home, prior, self.ignored)
+                continue
+            whole.append({"path": home, **({"prior": True} if prior else {})})
+            self.notes.append(
+                f"{name} = {cut(home)} is not here, so nobody looked into it: all folders in it "
+                "are taken, those named as in 10_cat 10 times; sd-scripts takes these alone"
+            )
+        if whole and (data := self._with_something_learnt(whole)):
+            self._put("data", data)
+        return merged_subsets(shared, {}, [{"subsets": folders}])
+
+    def _with_something_learnt(self, data: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        data = [*self.settings.get("data", []), *data]
+        if data and all(source.get("prior") for source in data):
+            self.ignored.append("regularisation pictures: there is nothing else to learn from")
+            return []
+        return data
+
+    def _settings_of_data(self, subsets: Sequence[Subset]) -> None:
+        """Settings that differ between folders there: a run of ours has one, the first one's."""
+        names = dict.fromkeys(name for subset in subsets for name in subset.settings)
+        for name in names:
+            if name in OF_SOURCES or name in ("metadata_file", "conditioning_data_dir"):
+                continue
+            values = [subset.settings.get(name, UNSAID.get(name)) for subset in subsets]
+            first = next(value for value in values if value is not None)
+            if self._has_place(name) or all(value == first for value in values):
+                self._use(name, first)
+            told = set()
+            for subset, value in zip(subsets, values, strict=True):
+                whole = name in OF_DATASETS
+                label = f"dataset {subset.dataset}" if whole else subset.label
+                if value is None or label in told:
+                    continue
+                told.add(label)
+                if not self._has_place(name):
+                    if name not in self.seen and not is_off(name, value) and name not in ALWAYS_SO:
+                        self.ignored.append(unused(f"{label}: {name}", name, value))
+                elif value != first:
+                    line = f"{label}: {name} = {cut(value)}: a run has one, which is {cut(first)}"
+                    self.ignored.append(line)
+
+    # The arguments
+
+    def _arguments(self, arguments: dict[str, Any]) -> None:
         order = {
             "max_train_steps": 0,  # a warm-up may be a part
-            "datasets": 2,  # its own settings win
-            "reg_data_dir": 2,
-            "prior_loss_weight": 3,
+            "unet_lr": 2,  # goes before learning_rate
+            "use_8bit_adam": 0,
         }
-        table = dict(sorted(table.items(), key=lambda entry: order.get(entry[0], 1)))
-        self._density(table)
-        self._encoder_dropout(table)
-        for name, value in table.items():
+        arguments = dict(sorted(arguments.items(), key=lambda entry: order.get(entry[0], 1)))
+        self._density(arguments)
+        self._encoder_dropout(arguments)
+        for name, value in arguments.items():
             self._use(name, value)
         if "sample_every" in self.settings and "sample_prompts" not in self.settings:
             del self.settings["sample_every"]
             self.ignored.append("sample_every_n_steps: there are no sample_prompts")
-        data = self.settings.get("data", "")
-        if any(isinstance(one, dict) and one.get("prior") for one in data):
-            self.ignored.append(
+
+    def _tell(self, arguments: Mapping[str, Any], subsets: Sequence[Subset]) -> None:
+        """What is otherwise here, whatever is set."""
+        if any(source.get("prior") for source in self.settings.get("data", [])):
+            self.notes.append(
                 "regularisation pictures: sd-scripts learns from as many of them as of the others; "
                 "here they hold the LoRA to what the model answers without it, and repeats decide "
                 "how often"
             )
-        self.settings.setdefault("lora_alpha", 1.0)
-        self.settings.setdefault("lora_kinds", ["attn", "attn2", "mlp", "adaLN"])
+        if arguments and "network_train_unet_only" not in arguments:
+            self.notes.append(
+                "sd-scripts trains CLIP-L and CLIP-G, too, unless network_train_unet_only is "
+                f"given; {TEXT_ENCODERS_STAY}"
+            )
+        if any("caption_extension" not in subset.settings for subset in subsets):
+            self.notes.append(
+                "without a caption_extension sd-scripts reads .caption files alone; here .txt goes "
+                "before them"
+            )
+        if any(not subset.settings.get("enable_wildcard") for subset in subsets):
+            self.notes.append(
+                "of a caption file of several lines sd-scripts reads the first, without "
+                "enable_wildcard; here each line is an alternative"
+            )
 
     def _use(self, name: str, value: Any) -> None:
         """Translate a setting, or say why not."""
+        self.seen.add(name)
         if name in ALWAYS_SO or value is None or value in EXPECTED.get(name, ()):
             return
         try:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError
             taken = self._take(name, value)
-        except (TypeError, ValueError, AttributeError, IndexError):
-            raise ValueError(f"{name} is {value!r}; sd-scripts has no such value.") from None
-        off = name not in EXPECTED and value in (False, 0, "", [])
-        if not taken and not off:
-            reason = NOT_USED.get(name)
-            self.ignored.append(f"{name} = {value}" + (f": {reason}" if reason else ""))
+        except (TypeError, ValueError, AttributeError, IndexError, OverflowError):
+            raise ValueError(f"{name} is {quoted(value)}; sd-scripts has no such value.") from None
+        if not taken and not is_off(name, value):
+            self.ignored.append(unused(name, name, value))
 
     def _take(self, name: str, value: Any) -> bool:
         """Whether the setting has a place here."""
@@ -231,12 +270,20 @@ class Translation:
             return key in known and self._put(ours, known[key])
         return name in self.special and self.special[name](value)
 
+    def _has_place(self, name: str) -> bool:
+        return name in RENAMED or name in CHOICES or name in self.special
+
     def _put(self, name: str, value: Any) -> bool:
         self.settings[name] = value
         return True
 
     def _name(self, value: str) -> bool:
-        return self._put("run_name", value)
+        name = plain_name(value)
+        if name != value:
+            self.notes.append(
+                f"output_name = {cut(value)} cannot name a folder everywhere: run_name is {name}"
+            )
+        return self._put("run_name", name)
 
     def _rate(self, value: float) -> bool:
         return self._put("learning_rate", value)
@@ -251,6 +298,10 @@ class Translation:
         sides = [int(side) for side in re.findall(r"\d+", str(value))]
         return self._put("resolution", math.isqrt(sides[0] * sides[-1]))
 
+    def _buckets(self, value: bool) -> bool:
+        """Without them all pictures are cut to the resolution; here that is a square."""
+        return not value and self._put("widest", 1.0)
+
     def _optimizer_arguments(self, values: list[str] | str) -> bool:
         for argument in [values] if isinstance(values, str) else values:
             name, _, text = argument.partition("=")
@@ -261,7 +312,7 @@ class Translation:
             elif name == "betas":
                 self._put("betas", [float(number) for number in re.findall(r"[\d.]+", text)])
             else:
-                self.ignored.append(f"optimizer_args: {argument}")
+                self.ignored.append(f"optimizer_args: {cut(argument)}")
         return True
 
     def _network_arguments(self, values: list[str] | str) -> bool:
@@ -270,7 +321,7 @@ class Translation:
             if name == "train_block_indices" and re.fullmatch(r"[\d,\- ]+", text):
                 self._put("lora_blocks", block_indices(text))
             elif text != "all":
-                self.ignored.append(f"network_args: {argument}")
+                self.ignored.append(f"network_args: {cut(argument)}")
         return True
 
     def _prompts(self, value: str) -> bool:
@@ -278,49 +329,21 @@ class Translation:
         path = Path(value)
         if path.suffix.lower() != ".txt" or not path.is_file():
             return False
-        lines = (line.partition(" --")[0].strip() for line in path.read_text("utf-8").splitlines())
-        return self._put("sample_prompts", [line for line in lines if line and line[0] != "#"])
-
-    def _datasets(self, datasets: list[dict[str, Any]]) -> bool:
-        data = []
-        for number, dataset in enumerate(datasets, 1):
-            for subset in dataset.get("subsets", []):
-                source = {"path": subset.get("image_dir", "")}
-                if "num_repeats" in subset:
-                    source["repeats"] = subset["num_repeats"]
-                if subset.get("is_reg"):
-                    source["prior"] = True
-                data.append(source)
-            for table in (dataset, *dataset.get("subsets", [])):
-                own = {k: v for k, v in table.items() if k not in _OF_A_SOURCE}
-                self._own(own, f"dataset {number}" if number > 1 else "")
-        return self._put("data", data)
-
-    def _prior_folder(self, value: str) -> bool:
-        data = self.settings.get("data", "")
-        if not value or not isinstance(data, str):
-            return False  # beside a dataset_config sd-scripts leaves it alone, too
-        return self._put(
-            "data", [*([{"path": data}] if data else []), {"path": value, "prior": True}]
-        )
+        try:
+            text = decode_text(read_regular(path, LARGEST_SETTINGS)).text
+        except OSError as error:
+            self.ignored.append(f"sample_prompts = {cut(value)}: cannot be read ({reason(error)})")
+            return True
+        lines = (line.partition(" --")[0].strip() for line in text.splitlines())
+        prompts = [line for line in lines if line and line[0] != "#"]
+        return bool(prompts) and self._put("sample_prompts", prompts)
 
     def _prior_weight(self, value: float) -> bool:
         """It weighs another loss, so only 0, for none, means the same."""
-        data = self.settings.get("data", "")
-        if not value and not isinstance(data, str):
+        data = self.settings.get("data", [])
+        if not value and data:
             self._put("data", [one for one in data if not one.get("prior")])
         return not value
-
-    def _own(self, table: Mapping[str, Any], later: str) -> None:
-        """Settings of one dataset: here they are those of the run, so the first one's count."""
-        before = dict(self.settings)
-        for name, value in table.items():
-            self._use(name, value)
-        if later:
-            for name, value in self.settings.items():
-                if name in before and before[name] != value:
-                    self.ignored.append(f"{later}: {name} = {_toml(value)}: a run has one")
-            self.settings.update(before)
 
     def _density(self, table: dict[str, Any]) -> None:
         """weighting_scheme says how times are drawn, or (sigma_sqrt, cosmap) weighs the loss."""
@@ -348,17 +371,30 @@ class Translation:
 
 
 def block_indices(text: str) -> list[int]:
-    """ "0,1,4-6" -> [0, 1, 4, 5, 6]."""
+    """ "0,1,4-6" -> [0, 1, 4, 5, 6].  Raises ValueError."""
     indices: list[int] = []
     for part in text.replace(" ", "").split(","):
         first, _, last = part.partition("-")
-        indices += range(int(first), int(last or first) + 1)
+        last = int(last or first)
+        if last >= MOST_BLOCKS:
+            raise ValueError(f"block {last}")
+        indices += range(int(first), last + 1)
     return indices
 
 
+_NOT_ASCII = re.compile(r"[^\x00-\x7f]")
+
+
 def _toml(value: Any) -> str:
+    """Raises ValueError for half a character, which TOML cannot hold."""
     if isinstance(value, Mapping):
         return "{ " + ", ".join(f"{name} = {_toml(one)}" for name, one in value.items()) + " }"
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(one) for one in value) + "]"
-    return json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=False)
+    return check_whole(text, quoted(value)).replace("\x7f", "\\u007f")
+
+
+def _escape(letter: re.Match[str]) -> str:
+    code = ord(letter[0])
+    return f"\\u{code:04x}" if code <= 0xFFFF else f"\\U{code:08x}"

@@ -5,6 +5,7 @@ import json
 import time
 from collections.abc import Sequence
 
+from ..plain_text import as_json
 from .cache import Cache
 from .config import TrainConfig, told_settings
 from .stages import fingerprint_of
@@ -13,6 +14,7 @@ from .subject import Subject, small_model
 ARCHITECTURES = {
     "sd3_medium": "stable-diffusion-v3-medium",
     "sd3.5_medium": "stable-diffusion-v3.5-medium",
+    "sd3.5_medium_turbo": "stable-diffusion-v3.5-medium",
     "sd3.5_large": "stable-diffusion-v3.5-large",
     "sd3.5_large_turbo": "stable-diffusion-v3.5-large-turbo",
 }
@@ -25,7 +27,7 @@ def metadata(
 
     changes: what distinguishes the frozen network from its file.
     """
-    settings = json.dumps(told_settings(config), ensure_ascii=False)
+    settings = as_json(told_settings(config))
     clip_rows = cache.layout.length - _t5_rows(cache)
     shared = {
         "modelspec.sai_model_spec": "1.0.0",

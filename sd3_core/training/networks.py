@@ -1,18 +1,19 @@
 """The network that is trained: loaded, made anew, with qk norm added, with less memory."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..checkpoints.layouts import PREFIXES, Component
 from ..checkpoints.load import load_mmdit
 from ..checkpoints.save import save_tensors
+from ..models.attention import Attention
 from ..models.cast import CastOps
-from ..models.mmdit import HEAD_DIM, MMDiT, MMDiTConfig, SelfAttention, position_table
+from ..models.mmdit import HEAD_DIM, JointBlock, MMDiT, MMDiTConfig, SelfAttention, position_table
 from .batches import generator
 
 
@@ -21,13 +22,18 @@ def load_to_train(part: Component, device: torch.device) -> MMDiT:
 
     Small steps on bf16 weights would be rounded away.  Raises ValueError for scaled fp8.
     """
+    check_trainable(part)
+    model = load_mmdit(part, device=device, ops=CastOps())
+    return model.float().requires_grad_(True)
+
+
+def check_trainable(part: Component) -> None:
+    """Raises ValueError for a network whose weights are scaled fp8; its header tells."""
     if any(source.scales for source in part.sources.values()):
         raise ValueError(
             f"{part.file.name}: holds scaled fp8 weights, too coarse to be trained on; take the "
             'bf16 file, or method = "lora".'
         )
-    model = load_mmdit(part, device=device, ops=CastOps())
-    return model.float().requires_grad_(True)
 
 
 def add_qk_norm(model: MMDiT) -> None:
@@ -50,9 +56,24 @@ def recompute_blocks(model: MMDiT, *, random: bool) -> None:
     random: the blocks draw random numbers (dropout), which must come again.
     """
     for block in model.joint_blocks:
-        block.forward = partial(
-            checkpoint, block.forward, use_reentrant=False, preserve_rng_state=random
-        )
+        block.__class__ = RecomputedWithDropout if random else Recomputed
+
+
+class Recomputed(JointBlock):
+    """A class, not a `forward` of the block's own, which would refer to the block in a circle."""
+
+    draws = False  # whether random numbers have to come again
+
+    def forward(
+        self, x: Tensor, context: Tensor, c: Tensor, attend: Attention
+    ) -> tuple[Tensor, Tensor]:
+        plainly, given = super().forward, (x, context, c, attend)
+        out: Any = checkpoint(plainly, *given, use_reentrant=False, preserve_rng_state=self.draws)
+        return out
+
+
+class RecomputedWithDropout(Recomputed):
+    draws = True
 
 
 def write_new_mmdit(

@@ -216,7 +216,7 @@ class VariancePreserving(Objective):
         for index, timestep in enumerate(timesteps):
             output = predict(z, z.new_full((z.shape[0],), timestep)).float()
             ends = self.ends(z, output, a[index], b[index])
-            report(on_step, index, levels, z, ends.x0)
+            report(on_step, index, levels, float(levels[index]), z, ends.x0)
             z = a[index + 1] * ends.x0 + b[index + 1] * ends.noise
         return z
 

@@ -35,23 +35,59 @@ class Groups:
 
     members: tuple[np.ndarray, ...]
 
+    @property
+    def draws(self) -> int:
+        """Of an epoch, before its last batch is filled up."""
+        return sum(map(len, self.members))
+
     def batches(self, size: int) -> int:
-        """Batches of an epoch.  A bucket fills its last batch up, so no batch mixes buckets."""
-        return sum(-(-len(group) // size) for group in self.members)
+        """Batches of an epoch."""
+        return -(-self.draws // size)
+
+    def mixes(self, size: int) -> bool:
+        """Whether some batches hold pictures of several buckets."""
+        return len(self.members) > 1 and any(len(group) % size for group in self.members)
 
 
 @lru_cache(maxsize=4)
 def epoch_order(groups: Groups, size: int, seed: int, epoch: int) -> np.ndarray:
-    """Item indices of one epoch, [batches, size]; each batch lies in one bucket.
+    """Item indices of one epoch, [batches, size].
 
-    Every item comes at least as often as its group holds it.  What a bucket lacks to a whole last
-    batch is taken from its own beginning, another one in each epoch.
+    Each bucket makes as many whole batches as it can; what is left of all of them shares the other
+    batches.  Every item comes as often as its group holds it, and what the very last batch lacks is
+    picked among all, by chance and anew in each epoch: no bucket gains by it.
     """
-    batches = []
-    for number, group in enumerate(groups.members):
-        order = group[shuffled(len(group), seed, epoch, "items", number)]
-        batches.append(np.resize(order, (-(-len(order) // size), size)))  # wraps around
-    together = np.concatenate(batches)
+    orders = [
+        group[shuffled(len(group), seed, epoch, "items", number)]
+        for number, group in enumerate(groups.members)
+    ]
+    whole = [order[: len(order) // size * size].reshape(-1, size) for order in orders]
+    together = np.concatenate([*whole, _shared(orders, size, seed, epoch)])
     order = together[shuffled(len(together), seed, epoch, "batches")]
     order.flags.writeable = False  # everyone who asks gets this one
     return order
+
+
+def _shared(orders: Sequence[np.ndarray], size: int, seed: int, epoch: int) -> np.ndarray:
+    """The batches [n, size] of what is left of the buckets; a bucket's items lie side by side."""
+    known = [np.stack([np.full_like(one, number), one], 1) for number, one in enumerate(orders)]
+    rests = [one[len(one) // size * size :] for one in known]
+    # In another order in each epoch, so that other buckets share a batch.
+    left = np.concatenate(
+        [rests[number] for number in shuffled(len(rests), seed, epoch, "buckets")]
+    )
+    filled = np.resize(_woven(known, seed, epoch), (-len(left) % size, 2))
+    batches = np.concatenate([left, filled]).reshape(-1, size, 2)
+    for number, batch in enumerate(batches):
+        batch[:] = batch[np.argsort(batch[:, 0], kind="stable")]
+        if batch[0, 0] != batch[-1, 0]:
+            # No bucket has places of its own in a batch: stratified times go by the place.
+            batch[:] = np.roll(batch, int(chance(seed, epoch, "turn", number) * size), axis=0)
+    return batches[..., 1]
+
+
+def _woven(orders: Sequence[np.ndarray], seed: int, epoch: int) -> np.ndarray:
+    """All orders in one, shuffled together by chance; each stays in its own order."""
+    ends = np.cumsum([len(order) for order in orders])
+    places = np.split(shuffled(ends[-1], seed, epoch, "fill"), ends[:-1])
+    return np.concatenate(orders)[np.argsort(np.concatenate([np.sort(some) for some in places]))]

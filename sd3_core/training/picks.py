@@ -7,8 +7,8 @@
 Both files are only ever appended to.  A vote may be taken back; a group is voted on once.
 """
 
+import codecs
 import hashlib
-import json
 import math
 import os
 import re
@@ -22,7 +22,9 @@ from typing import Any, TypeVar
 
 from ..checkpoints.save import save_bytes
 from ..errors import cut, quoted
+from ..plain_text import as_json, check_whole
 from ..reading import read_regular
+from .fields import Fields, read_fields, whole
 from .order import shuffled
 from .preferences import PREFERENCES
 
@@ -147,6 +149,10 @@ class Picks:
         """
         if not FEWEST <= len(pictures) <= MOST:
             raise PickRefused(f"{len(pictures)} pictures; a group has {FEWEST} to {MOST}.")
+        try:
+            check_whole(prompt, "the prompt")
+        except ValueError as error:
+            raise PickRefused(str(error)) from error
         if not arms:
             every, pictures = pictures, different(pictures)
             places = [places[every.index(one)] for one in pictures] if places else ()
@@ -290,7 +296,7 @@ class Picks:
         A line that a crash tore ends here: it must not take the next one with it.
         """
         path = self.folder / name
-        data = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode()
+        data = "".join(as_json(line) + "\n" for line in lines).encode()
         self.folder.mkdir(parents=True, exist_ok=True)
         with _WRITING, path.open("ab+", buffering=0) as file:
             size = file.seek(0, os.SEEK_END)
@@ -336,13 +342,14 @@ def compare(arms: tuple[str, str], wins: tuple[int, int], ties: int) -> Comparis
     )
 
 
-def _read(path: Path, check: Callable[[dict[str, Any]], T]) -> tuple[list[T], list[str]]:
+def _read(path: Path, check: Callable[[Fields], T]) -> tuple[list[T], list[str]]:
     """What `check` makes of each line of a .jsonl file; and the lines that are passed over.
 
     One odd line must not take the others with it, whoever wrote it.
     """
-    try:  # a prompt may hold what else parts lines
-        texts = read_regular(path, MOST_READ).split(b"\n")
+    try:
+        data = read_regular(path, MOST_READ).removeprefix(codecs.BOM_UTF8)  # an editor's
+        texts = data.split(b"\n")  # a prompt may hold what else parts lines
     except FileNotFoundError:
         return [], []
     found, passed = [], []
@@ -350,10 +357,7 @@ def _read(path: Path, check: Callable[[dict[str, Any]], T]) -> tuple[list[T], li
         if not text.strip():
             continue
         try:
-            line = json.loads(text.decode())
-            if not isinstance(line, dict):
-                raise ValueError("no object")
-            found.append(check(line))
+            found.append(check(read_fields(text.decode(), "those that are written here")))
         except (ValueError, RecursionError) as error:
             passed.append(f"{path.name}:{number}: {cut(error)}")
     return found, passed
@@ -372,7 +376,9 @@ def _group(line: Mapping[str, Any]) -> Group:
     for name in ("id", "prompt", "model", "time"):
         _check(name, known.get(name, ""), _is_text)
     _check("id", known["id"], bool)
-    _check("seed", known.get("seed"), lambda seed: seed is None or type(seed) is int)
+    if "seed" in known:
+        _check("seed", known["seed"], lambda seed: whole(seed) is not None)
+        known["seed"] = whole(known["seed"])
     pictures = known["pictures"]
     _check("pictures", pictures, lambda names: _is_list(names, _is_name))
     _check("pictures", pictures, lambda names: FEWEST <= len(names) <= MOST)

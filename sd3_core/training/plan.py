@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..measures import available_memory
 from ..models.mmdit import MMDiT, MMDiTConfig
 from .config import TrainConfig
 from .optimizers import matrices_in
@@ -56,6 +55,7 @@ class TrainPlan:
     global_batch: int
     pictures: int  # or pairs of them
     epochs: float
+    filled: int  # samples that an epoch's last step lacks
     estimate: Estimate
     free: float | None  # bytes; None: unknown
     pairs: bool = False
@@ -63,11 +63,16 @@ class TrainPlan:
     def lines(self) -> list[str]:
         """The plan as text."""
         size, found = self.estimate, "" if self.free is None else f" of {_gib(self.free)} free"
-        what = counted(self.pictures, "pair" if self.pairs else "picture")
+        thing = "pair" if self.pairs else "picture"
+        fill = (
+            f"; an epoch's last step is filled up with {counted(self.filled, 'draw')} more, picked "
+            f"anew among all {thing}s each time"
+        )
         return [
-            f"trains {self.trained:,} parameters on {what}",
+            f"trains {self.trained:,} parameters on {counted(self.pictures, thing)}",
             f"{self.steps - self.done} steps to go ({self.done} of {self.steps} done), "
-            f"{self.global_batch} samples each: {self.epochs:.1f} epochs in all",
+            f"{self.global_batch} samples each: {self.epochs:.1f} epochs in all"
+            f"{fill if self.filled else ''}",
             f"memory: about {_gib(size.total)}{found} (network {_gib(size.weights)}, training "
             f"state {_gib(size.trained)}, activations {_gib(size.activations)})",
         ]
@@ -110,15 +115,6 @@ def _bytes(tensor: Tensor) -> int:
     return tensor.numel() * tensor.element_size()
 
 
-def free_memory(device: torch.device) -> float | None:
-    """Bytes that this process may still take on the device; None where nobody tells."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return free + reserved
-    return available_memory() if device.type == "cpu" else None
-
-
 def check_fits(estimate: Estimate, loaded: float, free: float | None, config: TrainConfig) -> None:
     """Refuse a run that cannot fit.
 
@@ -127,17 +123,21 @@ def check_fits(estimate: Estimate, loaded: float, free: float | None, config: Tr
     needed = estimate.total - loaded
     if not config.check_memory or free is None or needed <= free:
         return
-    advice = [
+    raise ValueError(
+        f"this run needs about {_gib(needed)} more memory and {_gib(free)} are free. Try "
+        f"{', '.join(savings(config))}; or check_memory = false to try it as it is."
+    )
+
+
+def savings(config: TrainConfig) -> list[str]:
+    """What makes a run smaller, by the settings' names."""
+    return [
         *(["gradient_checkpointing = true"] if not config.gradient_checkpointing else []),
         *(["a smaller batch_size with more accumulation"] if config.batch_size > 1 else []),
         "a smaller resolution",
         *(['optimizer = "adafactor"'] if config.optimizer != "adafactor" else []),
         *(["a smaller rank", "an fp8 file of the model"] if config.trains_lora else []),
     ]
-    raise ValueError(
-        f"this run needs about {_gib(needed)} more memory and {_gib(free)} are free. Try "
-        f"{', '.join(advice)}; or check_memory = false to try it as it is."
-    )
 
 
 def _gib(size: float) -> str:

@@ -5,28 +5,49 @@ Three forms, alone or together in one folder:
     preferences.jsonl, a line each:  {"prompt": "...", "chosen": "a.png", "rejected": "b.png"}
     the same file in Pick-a-Pic's columns (Kirstain et al. 2023, arXiv:2305.01569):
         {"caption": "...", "jpg_0": "a.png", "jpg_1": "b.png", "label_0": 1}
-In the file, names are relative to its folder and "weight" may scale a pair's loss.  Lines with
-"tie" or "skip", or a label_0 of 0.5, teach nothing and are counted; {"undo": ID} takes back the
-line whose "id" is ID.
+In the file, names are relative to its folder and "weight" may scale a pair's loss; "prompt",
+"caption" and "text" mean the same, in this order, and null is as good as nothing.  Lines with "tie"
+or "skip", or a label_0 of 0.5, teach nothing and are counted; {"undo": ID} takes back the lines
+above whose "id" is ID.
 """
 
 import codecs
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from ..errors import quoted
+from ..plain_text import Decoded, check_whole, decode_text
 from ..reading import LARGEST_TEXT, read_regular
 from .dataset import Dataset, Item
-from .folders import Found, Source, check_source, given_weight, list_pictures, name_inside
+from .fields import Fields, first_of, flag_of, id_of, read_fields
+from .folders import (
+    Found,
+    Source,
+    check_source,
+    given_weight,
+    list_pictures,
+    name_inside,
+    told_lines,
+)
 from .framing import Framing
-from .report import Report, Skipped, counted, first_lines, some_names
+from .report import (
+    Report,
+    Skipped,
+    by_value,
+    counted,
+    first_lines,
+    joined,
+    left_out_told,
+    some_names,
+    with_wildcards,
+)
 from .scan import Facts, look_at_all
 
 PREFERENCES = "preferences.jsonl"
+PROMPT = ("prompt", "caption", "text")  # columns that may hold the prompt; the first one counts
 CHOSEN, REJECTED = "chosen", "rejected"
 SAME_ASPECT = 0.02  # relative difference of two aspects that counts as none
 MOSTLY = 0.5  # part of the pairs from which their two sides look like two sources
@@ -42,6 +63,7 @@ class Listed:
     captions: tuple[str, ...]  # alternatives; none: the empty prompt
     weight: float = 1.0
     repeats: int = 1
+    lines: str = ""  # see folders.Found
 
 
 @dataclass(frozen=True)
@@ -50,6 +72,8 @@ class PairListing:
     skipped: tuple[Skipped, ...] = ()
     ties: int = 0
     passed: int = 0  # neither chosen nor rejected: skipped by the person who was asked
+    notes: tuple[str, ...] = ()  # of files of text
+    left_out: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # see Report
 
     def __add__(self, other: "PairListing") -> "PairListing":
         return PairListing(
@@ -57,6 +81,8 @@ class PairListing:
             self.skipped + other.skipped,
             self.ties + other.ties,
             self.passed + other.passed,
+            self.notes + other.notes,
+            joined([self.left_out, other.left_out]),
         )
 
 
@@ -75,8 +101,10 @@ class PairReport(Report):
         if self.ties:
             lines.append(f"{counted(self.ties, 'tie')} left out: they say nothing")
         lines += first_lines([f"skipped {one.name}: {one.reason}" for one in self.skipped])
+        lines += left_out_told(self.left_out)
         if self.without_caption:
             lines.append(f"without a prompt: {some_names(self.without_caption)}")
+        lines += self.caption_lines()
         if self.mixed:
             lines.append(
                 f"{counted(len(self.mixed), 'pair')} of different aspects, both cut to the chosen "
@@ -126,8 +154,11 @@ def read_preferences(
         draws=sum(item.repeats for item in items),
         buckets=dict(sorted(Counter(item.bucket for item in items).items())),
         skipped=tuple(skipped),
+        left_out=listing.left_out,
         without_caption=tuple(one.pair.name for one in used if not one.pair.captions),
-        notes=tuple(note for one in used for note in one.notes()),
+        several_lines=by_value({one.pair.name: one.pair.lines for one in used}),
+        wildcards=with_wildcards({item.name: item.captions for item in items}),
+        notes=(*listing.notes, *(note for one in used for note in one.notes())),
         ties=listing.ties,
         passed=listing.passed,
         mixed=tuple(one.pair.name for one in used if one.mixed),
@@ -205,7 +236,7 @@ def list_pairs(source: Source, prefix: str = "") -> PairListing:
         listing = read_pairs(source.path)
     else:
         check_source(source)
-        listing = _from_folders(source.path)
+        listing = _from_folders(source)
         if (source.path / PREFERENCES).exists():
             listing += read_pairs(source.path / PREFERENCES)
     pairs = [
@@ -220,35 +251,70 @@ def list_pairs(source: Source, prefix: str = "") -> PairListing:
     return replace(listing, pairs=tuple(pairs))
 
 
-def _from_folders(folder: Path) -> PairListing:
+def _from_folders(source: Source) -> PairListing:
     """chosen/NAME.png beside rejected/NAME.png, whatever their kinds."""
+    folder = source.path
     if not ((folder / CHOSEN).is_dir() and (folder / REJECTED).is_dir()):
         return PairListing(())
-    sides = {name: list_pictures(Source(folder / name)) for name in (CHOSEN, REJECTED)}
-    by_name = {
-        side: {Path(found.name).with_suffix("").as_posix(): found for found in listing.found}
-        for side, listing in sides.items()
+    sides = {
+        name: list_pictures(Source(folder / name, lines=source.lines))
+        for name in (CHOSEN, REJECTED)
     }
     skipped = [
         Skipped(f"{side}/{one.name}", one.reason)
         for side, listing in sides.items()
         for one in listing.skipped
     ]
+    whole = {side: {one.name: one for one in sides[side].found} for side in sides}
+    stems = {side: _by_stem(found) for side, found in whole.items()}
+    pairs = []
+    for stem, names in stems[CHOSEN].items():
+        others = stems[REJECTED].get(stem, [])
+        if len(names) == len(others) == 1:
+            pairs.append((stem, names[0], others[0]))
+        else:  # a.png beside a.jpg: only the whole name tells which belong together
+            pairs += [(name, name, name) for name in names if name in others]
+    paired = {CHOSEN: {pair[1] for pair in pairs}, REJECTED: {pair[2] for pair in pairs}}
     for side, other in ((CHOSEN, REJECTED), (REJECTED, CHOSEN)):
-        for name in by_name[side].keys() - by_name[other].keys():
-            reason = f"there is no picture of this name in {other}/"
-            skipped.append(Skipped(f"{side}/{name}", reason))
-    pairs = [
-        _joined(name, chosen, by_name[REJECTED][name])
-        for name, chosen in by_name[CHOSEN].items()
-        if name in by_name[REJECTED]
+        for stem, names in stems[side].items():
+            for name in names:
+                if name not in paired[side]:
+                    skipped.append(_unpaired(side, other, names, name, stems[other].get(stem, [])))
+    listed = [_joined(n, whole[CHOSEN][one], whole[REJECTED][two]) for n, one, two in pairs]
+    notes = [f"{side}/{note}" for side, listing in sides.items() for note in listing.notes]
+    left_out = [
+        {reason: tuple(f"{side}/{name}" for name in names)}
+        for side, listing in sides.items()
+        for reason, names in listing.left_out.items()
     ]
-    return PairListing(tuple(pairs), tuple(sorted(skipped, key=lambda one: one.name)))
+    skipped.sort(key=lambda one: one.name)
+    return PairListing(tuple(listed), tuple(skipped), notes=tuple(notes), left_out=joined(left_out))
+
+
+def _by_stem(names: Iterable[str]) -> dict[str, list[str]]:
+    stems: dict[str, list[str]] = {}
+    for name in names:
+        stems.setdefault(Path(name).with_suffix("").as_posix(), []).append(name)
+    return stems
+
+
+def _unpaired(side: str, other: str, alike: list[str], name: str, others: list[str]) -> Skipped:
+    """Why a picture has no partner."""
+    if not others:
+        stem = Path(name).with_suffix("").as_posix()
+        return Skipped(f"{side}/{stem}", f"there is no picture of this name in {other}/")
+    several = [f"{side}/{one}" for one in alike] if len(alike) > 1 else []
+    several += [f"{other}/{one}" for one in others]
+    return Skipped(
+        f"{side}/{name}", f"several pictures have this name ({', '.join(several)}): name them apart"
+    )
 
 
 def _joined(name: str, chosen: Found, rejected: Found) -> Listed:
-    captions = (chosen.captions or rejected.captions or ((),))[0]
-    return Listed(name, chosen.path, rejected.path, captions, chosen.weight, chosen.repeats)
+    told = chosen if chosen.captions else rejected
+    captions = (told.captions or ((),))[0]
+    sides = (chosen.path, rejected.path)
+    return Listed(name, *sides, captions, chosen.weight, chosen.repeats, told.lines)
 
 
 @dataclass
@@ -256,33 +322,40 @@ class _Lines:
     """The lines of a file so far: later ones may take back earlier ones."""
 
     folder: Path
-    pairs: dict[str, Listed] = field(default_factory=dict)  # by id, or by line
-    ties: set[str] = field(default_factory=set)
-    passed: set[str] = field(default_factory=set)
+    said: list[tuple[str | None, Listed | str]] = field(default_factory=list)  # by their ids
+    skipped: list[Skipped] = field(default_factory=list)
+    told: Counter[str] = field(default_factory=Counter)  # how many lines it is to be told of
 
-    def read(self, fields: Any, number: int) -> None:
+    def read(self, fields: Fields, number: int) -> None:
         """Raises ValueError."""
-        if not isinstance(fields, dict):
-            raise ValueError('expected an object such as {"prompt", "chosen", "rejected"}')
-        key = str(fields.get("id", f"line {number}"))
-        if "undo" in fields:
-            self.forget(str(fields["undo"]))
-        elif "skip" in fields or fields.get("has_label") is False:
-            self.passed.add(key)
-        elif "tie" in fields or fields.get("label_0") == 0.5:
-            self.ties.add(key)
+        key, undone = id_of(fields, "id"), id_of(fields, "undo")
+        if undone is not None:
+            kept = [one for one in self.said if one[0] != undone]
+            if len(kept) == len(self.said):
+                reason = f"it takes back {quoted(undone)}, which is the id of no line above"
+                self.skipped.append(Skipped(f"{PREFERENCES}:{number}", reason))
+            self.said = kept
+        elif _named(fields, "skip") or flag_of(fields, "has_label") is False:
+            self.said.append((key, "skip"))
+        elif _named(fields, "tie") or fields.get("label_0") == 0.5:
+            self.said.append((key, "tie"))
         else:
-            self.pairs[key] = self._pair(fields, f"{PREFERENCES}:{number}")
+            self.said.append((key, self._pair(fields, f"{PREFERENCES}:{number}")))
 
-    def forget(self, key: str) -> None:
-        self.pairs.pop(key, None)
-        self.ties.discard(key)
-        self.passed.discard(key)
+    def listing(self) -> PairListing:
+        said = [one for _, one in self.said]
+        pairs = tuple(one for one in said if isinstance(one, Listed))
+        ties, passed = said.count("tie"), said.count("skip")
+        notes = told_lines(PREFERENCES, self.told)
+        return PairListing(pairs, tuple(self.skipped), ties, passed, notes)
 
-    def _pair(self, fields: dict[str, Any], name: str) -> Listed:
-        prompt = fields.get("prompt", fields.get("caption", ""))
+    def _pair(self, fields: Fields, name: str) -> Listed:
+        column, told = first_of(fields, PROMPT)
+        prompt = fields.get(column, "")
         if not isinstance(prompt, str):
-            raise ValueError(f"prompt is {quoted(prompt)}; expected text")
+            raise ValueError(f"{column} is {quoted(prompt)}; expected text")
+        check_whole(prompt, "the prompt")
+        self.told.update([told] if told else [])
         if "label_0" in fields:
             first, second = _name(fields, "jpg_0"), _name(fields, "jpg_1")
             if fields["label_0"] not in (0, 1):
@@ -295,7 +368,13 @@ class _Lines:
         return Listed(name, self.folder / chosen, self.folder / rejected, captions, weight)
 
 
-def _name(fields: dict[str, Any], field_name: str) -> str:
+def _named(fields: Fields, verdict: str) -> bool:
+    """Whether a line is a tie or was skipped: it lists the pictures, or says true."""
+    value = fields.get(verdict)
+    return bool(value) if isinstance(value, list) else flag_of(fields, verdict) is True
+
+
+def _name(fields: Fields, field_name: str) -> str:
     try:
         return name_inside(fields.get(field_name))
     except ValueError as error:
@@ -308,24 +387,36 @@ def read_pairs(file: Path) -> PairListing:
     A line that is no JSON at all is skipped: a crash may have torn it, and the others still count.
     """
     try:
-        texts = read_regular(file, LARGEST_TEXT).removeprefix(codecs.BOM_UTF8).split(b"\n")
+        data = read_regular(file, LARGEST_TEXT)
+        if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # an editor's
+            data = decode_text(data).text.encode()
     except OSError as error:
         raise ValueError(f"{file}: cannot be read ({error}).") from error
-    lines, skipped = _Lines(file.parent), []
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}.") from error
+    texts = data.removeprefix(codecs.BOM_UTF8).split(b"\n")
+    lines, notes = _Lines(file.parent), []
     for number, text in enumerate(texts, 1):
         if not text.strip():
             continue
         try:
-            fields = json.loads(text.decode())
-        except ValueError as error:
+            read = _decoded(text)
+            lines.read(read_fields(read.text, '{"prompt", "chosen", "rejected"}'), number)
+        except json.JSONDecodeError as error:
             reason = f"the line is no JSON in UTF-8, as if torn ({error})"
-            skipped.append(Skipped(f"{PREFERENCES}:{number}", reason))
+            lines.skipped.append(Skipped(f"{PREFERENCES}:{number}", reason))
             continue
-        except RecursionError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{file}:{number}: {error}.") from error
-        try:
-            lines.read(fields, number)
-        except ValueError as error:
-            raise ValueError(f"{file}:{number}: {error}.") from error
-    pairs = tuple(lines.pairs.values())
-    return PairListing(pairs, tuple(skipped), len(lines.ties), len(lines.passed))
+        if read.note:
+            notes.append(f"{PREFERENCES}:{number} {read.note}")
+    listing = lines.listing()
+    return replace(listing, notes=(*listing.notes, *notes))
+
+
+def _decoded(line: bytes) -> Decoded:
+    """Raises JSONDecodeError for bytes that are no text."""
+    try:
+        return decode_text(line)
+    except ValueError as error:
+        raise json.JSONDecodeError(f"it {error}", "", 0) from error

@@ -29,6 +29,7 @@ from ..checkpoints.header import read_header
 from ..checkpoints.save import save_bytes, save_tensors, writing
 from ..checkpoints.tensors import read_tensors
 from ..errors import CheckpointError, cut, quoted
+from ..plain_text import as_json
 from ..reading import LARGEST_TEXT, open_regular, read_regular
 from .contents import Contents, changes, read_contents, write_contents
 from .entries import checksum
@@ -96,6 +97,17 @@ def is_usable_name(name: str) -> bool:
     return short and not _RESERVED.fullmatch(name)
 
 
+def plain_name(text: str) -> str:
+    """The nearest name that named_folder takes."""
+    name = _short(re.sub(r"[^\w .+-]", "_", text).lstrip(" .+-"))
+    return _short(f"_{name}") if _RESERVED.fullmatch(name) else name or "run"
+
+
+def _short(name: str) -> str:
+    within = name[:LONGEST_NAME].encode()[:LONGEST_BYTES].decode(errors="ignore")
+    return within.rstrip(" .")
+
+
 class Run:
     """An open run; see open_run."""
 
@@ -159,7 +171,7 @@ class Run:
             "settings": dict(settings),
             "torch": str(torch.__version__),
         }
-        text = json.dumps(config, indent=1, ensure_ascii=False)
+        text = as_json(config, indent=1)
         save_bytes(self.folder / "config.json", text.encode(), aside=False)
 
     def _differences(
@@ -337,7 +349,7 @@ def _checksum(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, ensure_ascii=False)
+    text = as_json(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

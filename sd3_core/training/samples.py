@@ -2,10 +2,12 @@
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..checkpoints.load import read_config
 from ..conditioning import Conditioning
 from ..generate import decode, sample_with, text_encoders
 from ..models.mmdit import MMDiT
@@ -13,10 +15,10 @@ from ..noise import noise
 from ..pictures import save_png, to_uint8
 from ..samplers import Step
 from ..schedule import Schedule
-from ..settings import Plan, Settings, make_plan
+from ..settings import Plan, Settings, find_parts, make_plan
 from .config import TrainConfig
 from .densities import find_density
-from .loop import Poll, never
+from .loop import OnNote, Poll, ignore, never
 from .objectives import Objective, RectifiedFlow, find_objective
 
 
@@ -77,18 +79,27 @@ class SamplePictures:
 
 
 def encode_samples(
-    config: TrainConfig, schedule: Schedule, resolution: int, poll: Poll = never
+    config: TrainConfig,
+    schedule: Schedule,
+    resolution: int,
+    poll: Poll = never,
+    say: OnNote = ignore,
 ) -> SamplePictures:
     """Plans of the sample pictures, their prompts encoded; the encoders leave again.
 
+    resolution: they are squares of so many pixels, less what the VAE cannot take.
+    say: is told when T5 does not fit on the device.
     Raises ValueError for settings that cannot be drawn.
     """
+    parts = find_parts(config.files)
+    vae: Any = read_config(parts["vae"])
+    side = max(resolution // vae.factor, 1) * vae.factor
     wanted = Settings(
         prompt="",
         use=config.use,
         t5_length=config.t5_length,
-        width=resolution,
-        height=resolution,
+        width=side,
+        height=side,
         seed=config.sample_seed,
         steps=config.sample_steps,
         cfg=config.sample_cfg,
@@ -99,7 +110,7 @@ def encode_samples(
     plans = [
         make_plan(config.files, replace(wanted, prompt=prompt)) for prompt in config.sample_prompts
     ]
-    encoders = text_encoders(config.files, plans[0])
+    encoders = text_encoders(config.files, plans[0], say=say)
     samples = []
     for plan in plans:
         poll()

@@ -16,10 +16,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..checkpoints.save import save_bytes
 from ..decode import BYTES, RULES, decode, pixels_in
 from ..errors import CheckpointError
-from ..measures import available_memory, trim_heap
+from ..memory import free_memory, trim_heap
 from ..reading import LARGEST_PICTURE, LARGEST_TEXT, open_regular, read_regular, reason
 from .duplicates import perceptual_hash
 
@@ -74,7 +76,7 @@ def look_at_all(
     """
     known = _recall(memory)
     marks = [_mark(path) for path in paths]
-    budget = Budget((available_memory() or UNKNOWN_MEMORY) * SHARE)
+    budget = Budget((free_memory(torch.device("cpu")) or UNKNOWN_MEMORY) * SHARE)
 
     def facts(path: Path, mark: str | None) -> Facts:
         if (one := known.get(mark or "")) is not None:

@@ -2,7 +2,8 @@
 
 import hashlib
 import re
-from collections.abc import Callable, Collection
+import warnings
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,15 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.layouts import Component
-from ..checkpoints.load import load_clip, load_t5, load_vae, read_config
+from ..checkpoints.load import load_clip, load_vae, read_config
 from ..checkpoints.stored import Part
 from ..errors import quoted
 from ..generate import stored_files
 from ..models.vae import VAE, Posterior
-from ..precision import check_finite
-from ..settings import RELEASED_WINDOW, Files, check_sizes, find_parts
-from ..text.encoders import ENCODERS, TextEncoders
+from ..precision import CLIP_DTYPE, check_finite
+from ..settings import Files, check_sizes, find_parts
+from ..speed.streaming import load_t5_to_fit, prompts_at_once
+from ..text.encoders import ENCODERS, RELEASED_WINDOW, TextEncoders
 from ..text.prompt import parse_prompt
 from ..text.tokenizers import Tokenizer, clip_windows, t5_sequence
 from ..text.vocabularies import Tokenizers, find_tokenizers
@@ -37,7 +39,6 @@ class Machine:
     """What the networks compute on and in."""
 
     device: torch.device
-    dtype: torch.dtype  # of the CLIPs
     wide_dtype: torch.dtype  # of T5 and the VAE
 
 
@@ -49,26 +50,28 @@ def model_cache(
     use: Collection[str] = ENCODERS,
     t5_length: int | str = "auto",
     storage: torch.dtype = torch.float16,
+    say: Callable[[str], object] = warnings.warn,
 ) -> Cache:
     """The cache of the model in these files; reads headers and tokenizers, no weights.
 
     use: text encoders that take part, if they are there; the others give zeros.  t5_length: rows of
     T5's part, for every caption; "auto": CLIP's window.  A caption that is longer, or longer than
-    one window of CLIP's, is cut after a word.  storage: see Cache.  Raises CheckpointError.
+    one window of CLIP's, is cut after a word.  storage: see Cache.  say: is told when T5 does not
+    fit on the device.  Raises CheckpointError.
     """
     parts = find_parts(files)
     sizes: dict[str, Any] = {kind: read_config(part) for kind, part in parts.items()}
     check_sizes(parts, sizes)
     on = [name for name in ENCODERS if name in use and name in parts]
     clips = {name: sizes[name] for name in on if name != "t5"}
-    window = next((clip.window for clip in clips.values()), RELEASED_WINDOW)
+    window = min((clip.window for clip in clips.values()), default=RELEASED_WINDOW)
     layout = sd3_layout(
         clips,
         sizes["t5"] if "t5" in on else None,
         context_dim=sizes["mmdit"].context_dim,
         pooled_dim=sizes["mmdit"].pooled_dim,
         window=window,
-        t5_length=_rows_of_t5(t5_length, window),
+        t5_length=_rows_of_t5(t5_length, min(window, RELEASED_WINDOW)),
     )
     tokenizers = find_tokenizers(
         on,
@@ -77,7 +80,7 @@ def model_cache(
         diffusers=files.checkpoint if files.checkpoint and files.checkpoint.is_dir() else None,
     )
     texts = {
-        name: text_stage(name, parts[name], tokenizers, layout, window, machine) for name in on
+        name: text_stage(name, parts[name], tokenizers, layout, window, machine, say) for name in on
     }
     return Cache(folder, vae_stage(parts["vae"], machine), texts, layout, storage)
 
@@ -121,9 +124,10 @@ def text_stage(
     layout: Layout,
     window: int,
     machine: Machine,
+    say: Callable[[str], object],
 ) -> TextStage:
     """The stage of one encoder, alone: the others need not be in memory beside it."""
-    dtype = machine.wide_dtype if name == "t5" else machine.dtype
+    dtype = machine.wide_dtype if name == "t5" else CLIP_DTYPE
     tokenizer: Tokenizer = getattr(tokenizers, name)
     t5_length = layout.length - window
 
@@ -135,25 +139,30 @@ def text_stage(
         windows = clip_windows(tokenizer, pieces, window)
         return tuple(windows[0].ids) if len(windows) == 1 else None
 
-    def load() -> Callable[[str], States]:
-        def network() -> Any:
-            if name == "t5":
-                return load_t5(part, dtype=dtype, device=machine.device)
-            return load_clip(part, name, dtype=dtype, device=machine.device)
-
+    def load() -> Callable[[Sequence[str]], Iterator[States]]:
+        network: Any
+        if name == "t5":
+            network = load_t5_to_fit(part, dtype, machine.device, say)
+        else:
+            network = load_clip(part, name, dtype=dtype, device=machine.device)
         encoders = TextEncoders(
             tokenizers,
             context_dim=layout.width,
             pooled_dim=layout.pooled,
-            clip_l=network if name == "clip_l" else None,
-            clip_g=network if name == "clip_g" else None,
-            t5=network if name == "t5" else None,
+            **{name: network},
             window=window,
         )
 
-        def encode(prompt: str) -> States:
-            encoded = encoders.encode(prompt, use=(name,), t5_length=t5_length)
-            return layout.take(encoded.conditioning, name)
+        def encode(prompts: Sequence[str]) -> Iterator[States]:
+            some = prompts_at_once(network)
+            if some > 1:
+                for start in range(0, len(prompts), some):
+                    states = encoders.t5_states(prompts[start : start + some], t5_length)
+                    yield from (States(each, each.new_zeros(0)) for each in states)
+                return
+            for prompt in prompts:
+                encoded = encoders.encode(prompt, use=(name,), t5_length=t5_length)
+                yield layout.take(encoded.conditioning, name)
 
         return encode
 

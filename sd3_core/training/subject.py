@@ -1,23 +1,29 @@
 """What a configuration is about: networks, pictures, objective; found, checked, nothing loaded."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from .. import lora
+from ..checkpoints.family import model_family, model_preset
 from ..checkpoints.layouts import Component, find_components
 from ..checkpoints.load import component_of, read_config
-from ..models.mmdit import MMDiTConfig
-from ..presets import PRESETS, Preset, family
+from ..models.mmdit import MMDiT, MMDiTConfig
+from ..presets import PRESETS, Preset
 from ..schedule import Schedule, Window
-from ..settings import FLAGS, check_sizes, model_preset, settled_shift
+from ..settings import FLAGS, check_sizes, settled_shift
 from ..text.encoders import ENCODERS
 from .config import TrainConfig
-from .dataset import Dataset, read_dataset
+from .dataset import Dataset, Item, read_dataset
 from .densities import find_density
-from .folders import Source, check_apart
+from .folders import Source, check_apart, check_held
 from .framing import Framing
 from .loop import Poll, never
+from .networks import check_trainable
 from .objectives import Objective, RectifiedFlow, find_objective
 from .preferences import read_preferences
 
@@ -44,8 +50,9 @@ def find_subject(config: TrainConfig, poll: Poll = never) -> Subject:
     """
     if not config.data:
         raise ValueError('data is missing; name a folder of pictures: data = "pictures".')
+    check_held(config.data, config.validation_data)
     if config.method != "dpo":  # pairs are listed, not all that lies in a folder
-        check_apart([one.path.resolve() for one in (*config.data, *config.validation_data)])
+        check_apart((*config.data, *config.validation_data))
     parts = find_networks(config)
     sizes: dict[str, Any] = {kind: read_config(part) for kind, part in parts.items()}
     if config.method == "scratch":
@@ -55,10 +62,9 @@ def find_subject(config: TrainConfig, poll: Poll = never) -> Subject:
     else:
         check_sizes(parts, sizes)
         preset = model_preset(parts["mmdit"], sizes["mmdit"])
-        hints = [parts["mmdit"].file.name, *parts["mmdit"].metadata.values()]
-        kind = family(sizes["mmdit"], hints)
+        kind = model_family(parts["mmdit"], sizes["mmdit"])
     check_encoders(config, parts)
-    check_blocks(config, sizes["mmdit"])
+    check_network(config, parts, sizes["mmdit"])
     resolution = config.resolution or int(preset.native_pixels**0.5)
     schedule = Schedule(settled_shift(config.shift, preset, resolution**2))
     flow = RectifiedFlow(
@@ -68,10 +74,15 @@ def find_subject(config: TrainConfig, poll: Poll = never) -> Subject:
         Window(high=config.highest_sigma, low=config.lowest_sigma),
     )
     objective = find_objective(config.objective, flow)
+    most = sizes["mmdit"].pos_embed_max_size * sizes["mmdit"].patch_size * sizes["vae"].factor
+    check_resolution(config, resolution, most)
     held = None
     if config.validation_data and config.validate_every:
         held = dataset_of(config, config.validation_data, resolution, poll)
     dataset = dataset_of(config, weighed(config), resolution, poll)
+    for one in (dataset, held):
+        for item in () if one is None else one.items:
+            check_bucket(config, item, sizes["vae"].factor, resolution, most)
     return Subject(
         parts, sizes["mmdit"], preset, kind, resolution, schedule, objective, dataset, held
     )
@@ -118,6 +129,72 @@ def check_blocks(config: TrainConfig, size: MMDiTConfig) -> None:
         raise ValueError(
             f"lora_blocks is {list(blocks)}; the model's blocks are 0 to {size.depth - 1}."
         )
+
+
+def check_network(config: TrainConfig, parts: Mapping[str, Component], size: MMDiTConfig) -> None:
+    """Raises ValueError for a network that cannot be trained as it is asked; only headers tell."""
+    check_blocks(config, size)
+    if config.qk_norm is False and size.qk_norm and config.method != "scratch":
+        raise ValueError("qk_norm is false, but the model has it; leave the setting away.")
+    if config.method == "full":
+        check_trainable(parts["mmdit"])
+    if config.trains_lora:
+        with torch.device("meta"):
+            model = MMDiT(size)
+        try:
+            lora_targets(model, config)
+        except ValueError as error:
+            raise ValueError(
+                f"lora_kinds is {list(config.lora_kinds)}, lora_streams {list(config.lora_streams)}"
+                f" and lora_blocks {config.lora_blocks and list(config.lora_blocks)}: the model has"
+                " no such layer, so nothing would be taught. attn2 is in SD3.5 Medium alone."
+            ) from error
+
+
+def lora_targets(model: MMDiT, config: TrainConfig) -> list[str]:
+    """Paths of the layers that a LoRA is taught on.  Raises ValueError where there are none."""
+    return lora.mmdit_targets(
+        model, kinds=config.lora_kinds, streams=config.lora_streams, blocks=config.lora_blocks
+    )
+
+
+def check_resolution(config: TrainConfig, resolution: int, most: int) -> None:
+    """Before pictures are looked at: whether even a square one is too large.
+
+    most: pixels of a side at which the position table ends.  Raises ValueError.
+    """
+    side = resolution // config.bucket_step * config.bucket_step
+    if side > most:
+        raise ValueError(
+            f"resolution is {resolution}, and this model's position table ends at {most} pixels a "
+            f"side: set resolution = {most}{_larger_table(config, side, most)}."
+        )
+
+
+def check_bucket(config: TrainConfig, item: Item, factor: int, resolution: int, most: int) -> None:
+    """Before anything is encoded: whether VAE and position table take a picture's size.
+
+    factor: pixels of a latent pixel.  most: see check_resolution.  Raises ValueError.
+    """
+    width, height = item.bucket
+    if width % factor or height % factor:
+        raise ValueError(
+            f"{item.name}: its bucket is {width}x{height}, and the VAE takes multiples of {factor} "
+            f"pixels; bucket_step is {config.bucket_step}, set one of these."
+        )
+    if max(width, height) > most:
+        widest = math.floor(100 * most**2 / resolution**2) / 100
+        raise ValueError(
+            f"{item.name}: its bucket is {width}x{height}, and this model's position table ends at "
+            f"{most} pixels a side: set widest = {max(widest, 1.0):g} or a smaller resolution"
+            f"{_larger_table(config, max(width, height), most)}."
+        )
+
+
+def _larger_table(config: TrainConfig, side: int, most: int) -> str:
+    if config.method != "scratch":
+        return ""
+    return f", or position_size = {-(-side * config.position_size // most)}"
 
 
 def new_mmdit(config: TrainConfig, sizes: Mapping[str, Any]) -> MMDiTConfig:
@@ -197,7 +274,7 @@ def patch_pixels(subject: Subject) -> int:
 
 
 def small_model(subject: Subject) -> dict[str, str]:
-    """What a model of no released family tells of itself; see settings.model_preset."""
+    """What a model of no released family tells of itself; see checkpoints/family.py."""
     return {
         "sd3_workbench.shift": str(subject.schedule.shift),
         "sd3_workbench.native_pixels": str(subject.resolution**2),

@@ -19,6 +19,7 @@ from ..checkpoints.layouts import Component
 from ..checkpoints.load import component_of, load_mmdit
 from ..checkpoints.save import check_room
 from ..lora import TrainableLoRA
+from ..memory import explained, free_memory
 from ..models.mmdit import MMDiT
 from ..precision import pick_device, pick_dtype, wide_dtype
 from ..settings import FLAGS
@@ -34,7 +35,7 @@ from .loop import OnNote, OnStep, Outcome, Poll, fit, ignore, never, product_pat
 from .metadata import metadata
 from .networks import add_qk_norm, load_to_train, recompute_blocks, write_new_mmdit
 from .optimizers import optimizer_package
-from .plan import TrainPlan, check_fits, estimate_memory, free_memory
+from .plan import TrainPlan, check_fits, estimate_memory, savings
 from .run import Run, open_run, read_log, run_folder
 from .samples import SamplePictures, encode_samples
 from .stages import Machine, fingerprint_of, model_cache
@@ -42,6 +43,7 @@ from .subject import (
     Subject,
     cache_folder,
     find_subject,
+    lora_targets,
     patch_pixels,
     small_model,
     zero_encoders,
@@ -60,6 +62,12 @@ FREE = (
 
 # Entries of a run's identity that have contents.
 DATA, HELD = "pictures and captions", "pictures of validation"
+
+# An entry only of runs where it applies: one that an earlier version began is refused if its
+# pictures would come in another order now, and goes on if not.
+ORDER, MIXED = "order of the pictures", "mixed buckets; earlier versions filled each one up"
+# What helps where pictures and captions do not fit; what is encoded already stays.
+ENCODING_SAVINGS = ("a smaller resolution", "closing other programs")
 
 OnProgress = Callable[[CacheProgress], None]
 
@@ -98,7 +106,8 @@ def train(
     network that a LoRA is trained on.  poll: how a host interrupts, see loop.Poll.  Under torchrun
     each process calls this.
     Raises ValueError for settings, CheckpointError for files, RunRefused when the run of this name
-    is another one or is being trained, and NumericalError when the loss is no longer a number.
+    is another one or is being trained, NumericalError when the loss is no longer a number, and
+    OutOfMemory, saved, when a step does not fit.
     """
     world = find_world()
     say = on_note if world.first else ignore
@@ -124,13 +133,18 @@ def train(
                 say(f"{run.name}: {outcome.stopped}")
             return outcome
         config = with_new_mmdit(config, subject, run, world)
+        cache = model_cache_of(config, place, say)
+        check_memory(config, subject, cache.layout.length, place)
         pictures = None
-        if world.first and config.sample_every:
-            pictures = encode_samples(config, subject.schedule, subject.resolution, poll)
-        cache = prepared(config, subject, place, say, on_progress)
-        task = make_task(config, subject, cache, place, pictures, base, poll)
-        tell_plan(config, subject, task, cache.layout.length, run, say)
-        return fit(task, run, config, world, on_step, on_note, task.verdict, task.acceptable)
+        with explained("encoding pictures and captions", *ENCODING_SAVINGS):
+            if world.first and config.sample_every:
+                schedule, resolution = subject.schedule, subject.resolution
+                pictures = encode_samples(config, schedule, resolution, poll, say)
+            encode_all(cache, subject, place, say, on_progress)
+        with explained("training", *savings(config)):
+            task = make_task(config, subject, cache, place, pictures, base, poll)
+            tell_plan(config, subject, task, cache.layout.length, run, say)
+            return fit(task, run, config, world, on_step, on_note, task.verdict, task.acceptable)
 
 
 def pick_place(config: TrainConfig, world: World) -> Place:
@@ -159,9 +173,11 @@ def identity(
 ) -> dict[str, Any]:
     """What makes this run the one it is, as JSON holds it."""
     settings = {k: v for k, v in plain_settings(config).items() if k not in FREE}
+    size = global_batch(config, world)
     return {
         **settings,
-        "samples of a step": global_batch(config, world),
+        "samples of a step": size,
+        **({ORDER: MIXED} if subject.dataset.mixes(size) else {}),
         DATA: subject.dataset.digest,
         HELD: subject.held.digest if subject.held else None,
         **{f"weights of {kind}": fingerprint_of(part) for kind, part in subject.parts.items()},
@@ -212,22 +228,51 @@ def with_new_mmdit(config: TrainConfig, subject: Subject, run: Run, world: World
     return replace(config, mmdit=path)
 
 
-def prepared(
-    config: TrainConfig, subject: Subject, place: Place, say: OnNote, on_progress: OnProgress
-) -> Cache:
-    """Latents and text embeddings of everything; the encoders and the VAE are gone afterwards."""
-    device, dtype = place.device, place.dtype
-    machine = Machine(device, dtype, wide_dtype(dtype, device))
-    cache = model_cache(
-        cache_folder(config), config.files, machine, use=config.use, t5_length=config.t5_length
+def model_cache_of(config: TrainConfig, place: Place, say: OnNote = ignore) -> Cache:
+    """Where latents and text embeddings of this run are, or will be."""
+    machine = Machine(place.device, wide_dtype(place.dtype, place.device))
+    return model_cache(
+        cache_folder(config),
+        config.files,
+        machine,
+        use=config.use,
+        t5_length=config.t5_length,
+        say=say,
     )
+
+
+def check_memory(config: TrainConfig, subject: Subject, text_tokens: int, place: Place) -> None:
+    """Before the encoders work: refuse a run that would not fit without its frozen weights either.
+
+    Those may lie on another device, or in their mapped file, until the network is loaded; tell_plan
+    counts what there is then.  Raises ValueError.
+    """
+    with torch.device("meta"):
+        model = MMDiT(subject.mmdit)
+    trained = add_lora(model, config) if config.trains_lora else model
+    parameters = dict(trained.named_parameters())
+    tokens = most_tokens(subject, text_tokens)
+    estimate = estimate_memory(model, parameters, config, tokens=tokens, dtype=place.dtype)
+    frozen = estimate.weights if config.trains_lora else 0.0
+    check_fits(estimate, frozen, free_memory(place.device), config)
+
+
+def most_tokens(subject: Subject, text_tokens: int) -> int:
+    """Of the largest sample: text and image."""
+    largest = max(width * height for width, height in subject.dataset.report.buckets)
+    return largest // patch_pixels(subject) ** 2 + text_tokens
+
+
+def encode_all(
+    cache: Cache, subject: Subject, place: Place, say: OnNote, on_progress: OnProgress
+) -> None:
+    """Latents and text embeddings of everything; the encoders and the VAE are gone afterwards."""
     if place.world.first:
         for dataset in (subject.dataset, subject.held):
             if dataset is not None:
                 for line in cache.prepare(dataset, on_progress=on_progress).lines():
                     say(line)
     place.world.wait()
-    return cache
 
 
 def make_task(
@@ -274,12 +319,9 @@ def network_to_train(
 
 
 def add_lora(model: MMDiT, config: TrainConfig) -> TrainableLoRA:
-    targets = lora.mmdit_targets(
-        model, kinds=config.lora_kinds, streams=config.lora_streams, blocks=config.lora_blocks
-    )
     return lora.add(
         model,
-        targets,
+        lora_targets(model, config),
         rank=config.rank,
         alpha=config.lora_alpha,
         dropout=config.lora_dropout,
@@ -291,8 +333,6 @@ def _settle_qk_norm(model: MMDiT, config: TrainConfig) -> None:
     if config.qk_norm and not model.config.qk_norm:
         add_qk_norm(model)
         model.requires_grad_(True)
-    if config.qk_norm is False and model.config.qk_norm:
-        raise ValueError("qk_norm is false, but the model has it; leave the setting away.")
 
 
 def tell_plan(
@@ -305,8 +345,7 @@ def tell_plan(
 ) -> None:
     """Say what the run will take.  Raises ValueError when it cannot fit."""
     world, device = task.place.world, task.place.device
-    largest = max(width * height for width, height in subject.dataset.report.buckets)
-    tokens = largest // patch_pixels(subject) ** 2 + text_tokens
+    tokens = most_tokens(subject, text_tokens)
     parameters = task.parameters
     estimate = estimate_memory(
         task.model, parameters, config, tokens=tokens, dtype=task.place.dtype
@@ -320,6 +359,7 @@ def tell_plan(
         pictures=len(subject.dataset.items),
         pairs=config.method == "dpo",
         epochs=config.steps / subject.dataset.epoch(size),
+        filled=subject.dataset.filled(size),
         estimate=estimate,
         free=free,
     )

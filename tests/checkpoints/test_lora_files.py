@@ -436,17 +436,17 @@ def test_bundled_embeddings_are_named_and_left_out(write):
     assert len(file.parts["mmdit"]) == 1
 
 
-def test_alpha_in_the_metadata_of_peft_is_said_and_not_applied(write):
+def test_alpha_in_the_metadata_of_peft_acts_or_is_said_not_to(write):
     config = {"transformer.r": 4, "transformer.lora_alpha": 8, "transformer.use_dora": False}
     tensors = pair("transformer.transformer_blocks.0.attn.to_k", rank=4)
     path = write(tensors, {"lora_adapter_metadata": json.dumps(config)})
-    with pytest.warns(UserWarning, match=r"alpha 8 at rank 4.*Strength 2 gives"):
-        file = read_lora(path)
-    assert file.parts["mmdit"][0].change.scale == 1
-    config["transformer.lora_alpha"] = 4
-    for text in (json.dumps(config), "[]", "not json", '{"r": "x"}'):
+    file = read_lora(path)
+    assert file.parts["mmdit"][0].change.scale == 2
+    assert file.report.warnings == ()
+    for text in ("[]", "not json", '{"r": "x"}', '{"transformer.lora_alpha": 8}'):
         path = write(tensors, {"lora_adapter_metadata": text})
-        assert read_lora(path).report.warnings == ()
+        with pytest.warns(UserWarning, match="header's lora_adapter_metadata cannot be used"):
+            assert read_lora(path).parts["mmdit"][0].change.scale == 1
 
 
 @pytest.mark.parametrize(
@@ -454,7 +454,7 @@ def test_alpha_in_the_metadata_of_peft_is_said_and_not_applied(write):
     [
         (["oft_blocks"], "OFT"),
         (["a1.weight", "a2.weight", "b1.weight", "b2.weight"], "GLoRA"),
-        (["lora_magnitude_vector"], "DoRA"),
+        (["lora_E"], "AdaLoRA"),
         (["set_weight"], "set_weight"),
         (["on_input"], "IA3"),
     ],
@@ -583,6 +583,7 @@ def test_nan_and_infinity_are_refused_when_the_file_is_read(write, role, number)
         ({"lora_up.weight": (128, 4)}, r"LoRA it lacks lora_down \(lora_A\); it has up \[128, 4\]"),
         ({"lora_down.weight": (4, 128)}, r"LoRA it lacks lora_up \(lora_B\); "),
         ({"lora_mid.weight": (4, 4, 1, 1)}, "lacks lora_down .* and lora_up "),
+        ({"lora_magnitude_vector": (512,)}, "lacks lora_down .* and lora_up "),
         ({"hada_w1_a": (128, 4), "hada_w1_b": (4, 128)}, "LoHa it lacks hada_w2_a and hada_w2_b;"),
         ({"hada_w2_a": (128, 4), "hada_w2_b": (4, 128)}, "LoHa it lacks hada_w1_a and hada_w1_b;"),
         ({"lokr_w1": (4, 4)}, "LoKr it lacks lokr_w2;"),

@@ -51,6 +51,10 @@ def test_every_name_of_the_text_encoders_means_what_comfyui_means(golden, encode
         "joint_blocks.11.x_block.attn.qkv",
         "lycoris_joint_blocks_11_x_block_attn_qkv",
         "model.diffusion_model.joint_blocks.11.x_block.attn.qkv",
+        "_orig_mod.joint_blocks.11.x_block.attn.qkv",
+        "module.joint_blocks.11._orig_mod.x_block.attn.qkv",
+        "diffusion_model.base_model.model.joint_blocks.11.x_block.attn.qkv",
+        "lora_unet__orig_mod_joint_blocks_11_x_block_attn_qkv",
     ],
 )
 def test_names_of_the_release_are_taken_after_any_prefix(name):
@@ -92,6 +96,14 @@ def test_a_key_is_taken_apart_into_name_and_role():
         "x.lokr_w1": "lokr_w1",
         "x.lokr_w2_b": "lokr_w2_b",
         "x.dora_scale": "dora_scale",
+        "x.lora_A.style.weight": "down",
+        "x.lora_B.style": "up",
+        "x.lora_B.bias": "up_bias",
+        "x.lora_B.style.bias": "up_bias",
+        "x.lora_magnitude_vector": "magnitude",
+        "x.lora_magnitude_vector.style.weight": "magnitude",
+        "x.hada_w1_a.style": "hada_w1_a",
+        "x.lokr_w2.style": "lokr_w2",
         "x.diff_b": "diff_b",
         "x.w_norm": "diff",
     }

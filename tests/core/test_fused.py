@@ -3,12 +3,13 @@
 import os
 import subprocess
 import sys
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 from build import recipe_tensor, with_recipe_weights
-from sd3_pack.sd3_core.models import fused
+from sd3_pack.sd3_core.models import fused, gpu, onednn
 from sd3_pack.sd3_core.models.mmdit import MMDiT, MMDiTConfig
 from sd3_pack.sd3_core.models.onednn import Ops
 from torch import nn
@@ -143,6 +144,39 @@ def test_only_plain_linear_layers_are_given_a_place():
         pass
 
     assert not fused.writes_itself(Layer(4, 4), There())
+    assert not fused.writes_itself(nn.Linear(4, 4), There())  # its weights are elsewhere
+    lending = Layer(4, 4)
+    lending.lend = there_lent
+    assert fused.writes_itself(lending, There())
+    lending.register_forward_hook(lambda *_: None)
+    assert not fused.writes_itself(lending, There())
+
+
+def there_lent(layer, x):
+    return nullcontext((layer.weight * 2, layer.bias))
+
+
+@torch.no_grad()
+def test_weights_that_are_lent_are_those_that_count(monkeypatch):
+    """A layer of another program's, whose weights are not what it computes with."""
+    monkeypatch.setattr(fused, "writes_itself", fused.lends)
+    x, out = torch.randn(2, 3, 4), torch.empty(2, 3, 8)
+    layer, norm = nn.Linear(4, 8), nn.RMSNorm(4)
+    fused.write_linear(layer, x, out)
+    assert_close(out, layer(x))
+    layer.lend = norm.lend = there_lent
+    fused.write_linear(layer, x, out)
+    assert_close(out, x @ layer.weight.t() * 2 + layer.bias)
+    norm.bias = None
+    assert torch.equal(fused.own_weight(norm, x), norm.weight * 2)
+
+
+def test_a_layer_of_torchs_lends_where_its_weights_lie_right():
+    x = torch.zeros(1)
+    assert fused.lends(nn.RMSNorm(64), x)
+    assert not fused.lends(nn.RMSNorm(64, dtype=torch.bfloat16), x)
+    assert not fused.lends(nn.RMSNorm(64, device="meta"), x)
+    assert not fused.lends(nn.LayerNorm(64), x)
 
 
 def test_kernels_are_for_cuda_without_gradients_and_hooks(monkeypatch):
@@ -154,8 +188,10 @@ def test_kernels_are_for_cuda_without_gradients_and_hooks(monkeypatch):
     assert not fused.serves(norm, There())  # gradients are on
     with torch.no_grad():
         assert fused.serves(norm, There())
-        assert fused.serves(nn.RMSNorm(64, eps=1e-6), There())
-        assert not fused.serves(nn.RMSNorm(64, eps=1e-6, dtype=torch.bfloat16), There())
+        heads = nn.RMSNorm(64, eps=1e-6)
+        assert not fused.serves(heads, There())  # its weight is on the CPU
+        heads.lend = there_lent
+        assert fused.serves(heads, There())
         assert not fused.serves(nn.LayerNorm(4), There())  # it has weights
         assert not fused.serves(nn.Identity(), There())
         norm.register_forward_hook(lambda *_: None)
@@ -176,3 +212,82 @@ def test_why_the_kernels_do_not_run_is_said(monkeypatch):
     assert why_not(CUDA) == ""
     monkeypatch.setenv(fused.NO_TRITON, "1")
     assert why_not(CUDA) == f"{fused.NO_TRITON} is set"
+
+
+def test_kernels_start_on_the_gpu_of_their_tensors(monkeypatch):
+    """Triton starts on the current GPU, whatever the tensors say."""
+    pytest.importorskip("triton")
+    kernels, inside, started = fused.kernels(), [], []
+
+    @contextmanager
+    def current(device):
+        inside.append(device)
+        yield
+        inside.pop()
+
+    class Door:
+        def __getitem__(self, grid):
+            return lambda *_, **options: started.append((list(inside), options["num_warps"]))
+
+    monkeypatch.setattr(kernels, "current", current)
+    for name in ("_norm_modulate", "_norm_heads"):
+        monkeypatch.setattr(kernels, name, Door())
+    x, one = torch.zeros(1, 2, 1024), torch.zeros(1, 1, 1024)
+    kernels.norm_modulate(x, one, one, 1e-6)
+    kernels.gate_norm_modulate(x, one, x, one, one, 1e-6)
+    for heads in (24, 38):  # SD3 Medium, SD3.5 Large: a program of twice the size
+        kernels.norm_heads(torch.zeros(1, 2, 3, heads, 64), torch.zeros(2, 2, 64), 1, 1e-6)
+    assert started == [([x.device], warps) for warps in (4, 4, 4, 8)]
+
+
+def test_only_a_gpu_is_made_the_current_one():
+    chosen = gpu.current(torch.device("cuda", 1))
+    assert isinstance(chosen, torch.cuda.device)
+    assert chosen.idx == 1
+    with gpu.current(torch.device("cpu")):
+        pass
+
+
+def test_a_product_with_gelu_inside_serves_only_where_it_is_the_same_gelu(monkeypatch):
+    """On a CPU torch's takes the other one, with the error function."""
+    tried, cpu = fused.multiplies_with_gelu.__wrapped__, torch.device("cpu")
+    dtypes = (torch.float32, torch.bfloat16, torch.float16)
+    assert not any(tried(cpu, dtype) for dtype in dtypes)
+
+    def inside(bias, x, weight):
+        product = torch.addmm(bias.float(), x.float(), weight.float())
+        return nn.functional.gelu(product, approximate="tanh").to(x.dtype)
+
+    def missing(*_):
+        raise NotImplementedError("not for this device")
+
+    monkeypatch.setattr(fused, "product_gelu", inside)
+    assert all(tried(cpu, dtype) for dtype in dtypes)
+    monkeypatch.setattr(fused, "product_gelu", missing)
+    assert not tried(cpu, torch.float32)
+
+
+def test_on_a_card_products_take_gelu_and_their_places_inside(monkeypatch):
+    """As on CUDA, but for the device: the numbers are those of the plain ways."""
+    model = with_recipe_weights(MMDiT, CONFIG, 7, ops=Ops)
+    with torch.no_grad():
+        plain = model(**given())
+        bare = fused.writes_itself
+        layers = []
+
+        def writes(layer, x):
+            layers.append(layer)
+            return type(layer) is onednn.Linear and not fused.hooked(layer)
+
+        def product(bias, x, weight):
+            assert x.ndim == 2
+            return nn.functional.gelu(torch.addmm(bias, x, weight), approximate="tanh")
+
+        monkeypatch.setattr(fused, "writes_itself", writes)
+        monkeypatch.setattr(fused, "product_gelu", product)
+        fused.multiplies_with_gelu.cache_clear()
+        assert_close(model(**given()), plain, atol=1e-5, rtol=0)
+        names = {name.rpartition(".")[2] for name, m in model.named_modules() if m in layers}
+        assert names == {"qkv", "proj", "fc1"}
+    fused.multiplies_with_gelu.cache_clear()
+    assert not bare(model.joint_blocks[0].x_block.mlp.fc1, given()["context"])

@@ -10,6 +10,7 @@ from sd3_pack.sd3_core.guidance import (
     classifier_free_guidance,
     inpaint,
     latent_mask,
+    note_on_cfg,
     plain,
     run_branches,
     skip_layer_guidance,
@@ -75,6 +76,21 @@ class Work:
     def __exit__(self, *_):
         for hook in self.hooks:
             hook.remove()
+
+
+@pytest.mark.parametrize(
+    ("cfg", "told"),
+    [
+        (0.0, "cfg is 0: the prompt does not count"),
+        (0.5, "cfg is 0.5: the picture is drawn towards the negative prompt"),
+        (-1.0, "cfg is -1: the picture is drawn away from the prompt"),
+        (1.0, ""),
+        (4.5, ""),
+    ],
+)
+def test_a_guidance_scale_below_one_is_told(cfg, told):
+    assert note_on_cfg(cfg).startswith(told)
+    assert bool(note_on_cfg(cfg)) == bool(told)
 
 
 def test_classifier_free_guidance_is_linear_in_the_scale():

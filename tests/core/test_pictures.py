@@ -15,6 +15,7 @@ from sd3_pack.sd3_core.pictures import (
     to_levels,
     to_uint8,
 )
+from sd3_pack.sd3_core.sizes import Fit
 
 
 def test_pixels_are_truncated_as_the_recording_says(golden):
@@ -29,7 +30,7 @@ def test_pixels_are_truncated_as_the_recording_says(golden):
 def test_levels_are_the_inverse_of_reading(tmp_path):
     pixels = torch.randint(0, 256, (8, 8, 3), generator=torch.Generator().manual_seed(0))
     save_png(pixels.to(torch.uint8), tmp_path / "a.png", {})
-    assert torch.equal(to_levels(read_image(tmp_path / "a.png", 8, 8))[0], pixels.float())
+    assert torch.equal(to_levels(read_image(tmp_path / "a.png"))[0], pixels.float())
 
 
 def test_levels_beyond_the_range_are_clamped():
@@ -64,7 +65,7 @@ def test_pictures_are_scaled_to_cover_and_cut_around_the_centre(tmp_path):
     wide = np.zeros((10, 30, 3), dtype=np.uint8)
     wide[:, 10:20] = 255
     Image.fromarray(wide).save(tmp_path / "wide.png")
-    image = read_image(tmp_path / "wide.png", 10, 10)
+    image = read_image(tmp_path / "wide.png", Fit.of((30, 10), (10, 10)))
     assert image.shape == (1, 3, 10, 10)
     assert image.min() == image.max() == 1.0
 
@@ -75,7 +76,7 @@ def test_a_turned_photo_stands_upright(tmp_path):
     exif = photo.getexif()
     exif[0x0112] = 6  # orientation: turn clockwise by 90 degrees, so the left comes to the top
     photo.save(tmp_path / "turned.jpg", exif=exif, quality=100)
-    image = read_image(tmp_path / "turned.jpg", 32, 64)
+    image = read_image(tmp_path / "turned.jpg")
     assert image[..., :28, :].min() > 0.9
     assert image[..., 36:, :].max() < -0.9
 
@@ -83,7 +84,7 @@ def test_a_turned_photo_stands_upright(tmp_path):
 def test_sixteen_bits_keep_their_levels(tmp_path):
     ramp = np.tile(np.linspace(0, 65535, 64).astype(np.uint16), (8, 1))
     Image.fromarray(ramp).save(tmp_path / "deep.png")
-    image = read_image(tmp_path / "deep.png", 64, 8)
+    image = read_image(tmp_path / "deep.png")
     assert len(image[0, 0, 0].unique()) == 64
 
 
@@ -92,7 +93,7 @@ def test_a_mask_means_the_same_in_every_mode(tmp_path, mode):
     mask = Image.new("L", (16, 8), "black")
     mask.paste("white", (0, 0, 8, 8))
     mask.convert(mode).save(tmp_path / "mask.png")
-    read = read_mask(tmp_path / "mask.png", 16, 8)
+    read = read_mask(tmp_path / "mask.png", Fit.of((16, 8), (16, 8)))
     assert read[0, 0].tolist() == [1.0] * 8 + [0.0] * 8
 
 
@@ -100,10 +101,10 @@ def test_transparency_lies_on_white_and_is_the_mask(tmp_path):
     pixels = np.zeros((8, 8, 4), dtype=np.uint8)
     pixels[:, 4:, 3] = 255  # the left half is transparent, the right black
     Image.fromarray(pixels).save(tmp_path / "hole.png")
-    image = read_image(tmp_path / "hole.png", 8, 8)
+    image = read_image(tmp_path / "hole.png")
     assert image[..., :4].min() == 1.0
     assert image[..., 4:].max() == -1.0
-    mask = read_mask(tmp_path / "hole.png", 8, 8)
+    mask = read_mask(tmp_path / "hole.png", Fit.of((8, 8), (8, 8)))
     assert mask[0, 0].tolist() == [1.0] * 4 + [0.0] * 4
 
 
@@ -111,9 +112,9 @@ def test_transparency_lies_on_white_and_is_the_mask(tmp_path):
 def test_what_is_no_picture_is_refused_by_name(tmp_path, content):
     (tmp_path / "x.png").write_bytes(content)
     with pytest.raises(ValueError, match=r"x\.png: (it|the file) "):
-        read_image(tmp_path / "x.png", 8, 8)
+        read_image(tmp_path / "x.png")
 
 
 def test_a_missing_picture_is_named(tmp_path):
     with pytest.raises(ValueError, match=r"nowhere\.png: cannot be read \(No such file"):
-        read_image(tmp_path / "nowhere.png", 8, 8)
+        read_image(tmp_path / "nowhere.png")

@@ -1,5 +1,7 @@
 """Which number format on which card, and the look for NaN."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from sd3_pack.sd3_core.errors import NumericalError
@@ -18,6 +20,30 @@ def test_auto_is_bf16_exactly_where_the_card_computes_in_it(capability):
     expected = torch.bfloat16 if capability >= (8, 0) else torch.float32
     assert pick_dtype("auto", CUDA) == expected
     assert pick_dtype("auto", CPU) == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("target", "computes"),
+    [
+        ("gfx803", False),  # Polaris
+        ("gfx906:sramecc+:xnack-", False),  # Radeon VII
+        ("gfx1012", False),  # RDNA
+        ("gfx1030", False),  # RDNA 2
+        ("gfx1032", False),
+        ("gfx908:sramecc+:xnack-", True),  # MI100
+        ("gfx90a", True),  # MI200
+        ("gfx942", True),  # MI300
+        ("gfx1100", True),  # RDNA 3
+        ("gfx1201", True),  # RDNA 4
+    ],
+)
+def test_amds_older_gpus_compute_in_float32(monkeypatch, target, computes):
+    """Their capability, (10, 3) for gfx1030, says nothing of bfloat16."""
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (10, 3))
+    card = SimpleNamespace(gcnArchName=target)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    assert pick_dtype("auto", CUDA) == (torch.bfloat16 if computes else torch.float32)
 
 
 def test_t5_and_vae_never_run_in_fp16(capability):

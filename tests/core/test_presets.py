@@ -4,7 +4,7 @@ import pytest
 from sd3_pack.sd3_core.checkpoints.header import read_header
 from sd3_pack.sd3_core.embedded.model import FILE
 from sd3_pack.sd3_core.models.mmdit import MMDiTConfig
-from sd3_pack.sd3_core.presets import PRESETS, family, preset_for
+from sd3_pack.sd3_core.presets import PRESETS, family
 from sd3_pack.sd3_core.samplers import SAMPLERS
 from sd3_pack.sd3_core.schedule import SCHEDULERS, Schedule
 
@@ -28,7 +28,8 @@ SD35_LARGE = MMDiTConfig(depth=38, qk_norm=True)
             ["model.safetensors", "Stable Diffusion 3.5 Large TURBO"],
             "sd3.5_large_turbo",
         ),
-        (SD35_MEDIUM, ["turbo.safetensors"], "sd3.5_medium"),
+        (SD35_MEDIUM, ["sd3.5m_turbo.safetensors"], "sd3.5_medium_turbo"),
+        (SD3_MEDIUM, ["turbo.safetensors"], "sd3_medium"),
         (MMDiTConfig(depth=2, context_dim=32, pooled_dim=16), [], "other"),
         (MMDiTConfig(depth=38), [], "other"),
         (MMDiTConfig(depth=24, qk_norm=True), [], "other"),
@@ -36,7 +37,6 @@ SD35_LARGE = MMDiTConfig(depth=38, qk_norm=True)
 )
 def test_a_network_finds_its_family(config, hints, expected):
     assert family(config, hints) == expected
-    assert preset_for(config, hints) is PRESETS[expected]
 
 
 @pytest.mark.parametrize("preset", PRESETS.values(), ids=PRESETS)
@@ -51,9 +51,15 @@ def test_turbo_takes_four_steps_and_one_branch():
     assert (turbo.steps, turbo.cfg) == (4, 1.0)
 
 
-def test_shift_is_three_for_all_models():
+def test_medium_turbo_takes_eight_steps_and_little_guidance():
+    turbo = PRESETS["sd3.5_medium_turbo"]
+    assert (turbo.steps, turbo.cfg, turbo.shift) == (8, 1.5, 5.0)
+
+
+def test_shift_is_three_for_all_models_but_one():
     """The released ones, and the embedded one, whose file says the same."""
-    assert {preset.shift for preset in PRESETS.values()} == {3.0}
+    others = {name: preset.shift for name, preset in PRESETS.items() if "medium_turbo" not in name}
+    assert set(others.values()) == {3.0}
     assert float(read_header(FILE).metadata["sd3_workbench.shift"]) == PRESETS["sd3_tiny"].shift
 
 

@@ -309,3 +309,19 @@ def test_a_trained_network_in_bfloat16_samples_in_float32(recorded_model, golden
     rough = euler(plain(half, conditioning.to("cpu", torch.bfloat16)), start, sigmas)
     assert rough.dtype == torch.float32
     assert_close(rough, exact, atol=0.1, rtol=0)  # bfloat16 keeps 8 bits
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS.values(), ids=SAMPLERS)
+def test_a_run_in_two_parts_is_the_run_in_one(sampler):
+    """To the bit, where the second knows the step before it and goes on with the same noise."""
+    sigmas = Schedule(3.0).sigmas(7)
+    x = recipe_tensor("x", (1, 4, 4, 4), 1)
+
+    def velocity(x, sigma):
+        return torch.sin(3 * x) - sigma.reshape(-1, 1, 1, 1)
+
+    steps: list[Step] = []
+    fresh = FreshNoise([1])
+    half = sampler(velocity, x, sigmas[:4], steps.append, fresh)
+    parts = sampler(velocity, half, sigmas[3:], None, fresh, steps[-1])
+    assert torch.equal(parts, sampler(velocity, x, sigmas, None, FreshNoise([1])))

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from recorded import assert_as_recorded
 from sd3_pack.sd3_core.noise import noise as seeded_noise
 from sd3_pack.sd3_core.schedule import (
     ALWAYS,
@@ -25,7 +26,7 @@ SHIFTS = [0.5, 1.0, 1.5, 3.0, 6.0]
 def test_sigmas_equal_comfyui_bit_for_bit(golden, scheduler):
     for recorded in golden("schedules")[1]["schedules"]:
         sigmas = Schedule(recorded["shift"]).sigmas(recorded["steps"], scheduler)
-        assert torch.equal(sigmas, torch.tensor(recorded["comfy"][scheduler]))
+        assert_as_recorded(sigmas, torch.tensor(recorded["comfy"][scheduler]))
 
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
@@ -35,13 +36,13 @@ def test_partial_denoise_equals_comfyui_bit_for_bit(golden, scheduler):
             sigmas = Schedule(recorded["shift"]).sigmas(
                 recorded["steps"], scheduler, float(denoise)
             )
-            assert torch.equal(sigmas, torch.tensor(expected[scheduler]))
+            assert_as_recorded(sigmas, torch.tensor(expected[scheduler]))
 
 
 def test_normal_equals_the_reference_bit_for_bit(golden):
     for recorded in golden("schedules")[1]["schedules"]:
         sigmas = Schedule(recorded["shift"]).sigmas(recorded["steps"])
-        assert torch.equal(sigmas, torch.tensor(recorded["sd35.get_sigmas"]))
+        assert_as_recorded(sigmas, torch.tensor(recorded["sd35.get_sigmas"]))
 
 
 def test_the_reference_slices_its_full_schedule_for_a_partial_denoise(golden):
@@ -49,7 +50,7 @@ def test_the_reference_slices_its_full_schedule_for_a_partial_denoise(golden):
         steps = recorded["steps"]
         for denoise, expected in recorded["sd35.partial"].items():
             sliced = Schedule(recorded["shift"]).sigmas(steps)[int(steps * (1 - float(denoise))) :]
-            assert torch.equal(sliced, torch.tensor(expected))
+            assert_as_recorded(sliced, torch.tensor(expected))
 
 
 def test_normal_agrees_with_recorded_diffusers(golden):

@@ -11,13 +11,20 @@ import pytest
 import torch
 from comfy_call import call
 from comfy_extras.nodes_sd3 import CLIPTextEncodeSD3
+from released_widths import prefixed
+from sd3_pack.nodes.comfy_text import MODULES
 from sd3_pack.nodes.errors import NodeError
 from sd3_pack.nodes.files import EMBEDDED
 from sd3_pack.nodes.loaders import SD3LoadCheckpoint, load_clip
 from sd3_pack.nodes.text import SD3EncodePrompt
 from sd3_pack.sd3_core.checkpoints.layouts import find_components
+from sd3_pack.sd3_core.checkpoints.load import component_of, load_t5, read_config
+from sd3_pack.sd3_core.checkpoints.load import load_clip as load_core_clip
 from sd3_pack.sd3_core.generate import encode_prompts
 from sd3_pack.sd3_core.settings import Files, Settings, make_plan
+from sd3_pack.sd3_core.text.encoders import TextEncoders
+from sd3_pack.sd3_core.text.vocabularies import Tokenizers
+from tiny import tokenizer_tensors
 from tiny_tokenizers import clip_vocabulary
 
 import nodes
@@ -38,7 +45,7 @@ def our_clip(wide):
         return clip_of(wide)
 
 
-def their_clip(wide, ours, kinds=ENCODERS):
+def their_clip(wide, ours, kinds=ENCODERS, long=None):
     """ComfyUI's SD3 text encoders with the same weights, behind our tokenizer's tiny vocabulary."""
     sizes = {
         "clip_l_model_config": {"num_hidden_layers": 3, "intermediate_size": 64},
@@ -47,9 +54,11 @@ def their_clip(wide, ours, kinds=ENCODERS):
             "num_layers": 2,
             "d_ff": 64,
             "num_heads": 2,
-            "vocab_size": ours.cond_stage_model.t5xxl.transformer.config.vocab_size,
+            "vocab_size": read_config(find_components(wide)["t5"]).vocab_size,
         },
     }
+    if long is not None:
+        sizes["clip_l_model_config"]["max_position_embeddings"] = 248
     make = comfy.text_encoders.sd3_clip.sd3_clip(
         **{kind: kind in kinds for kind in ENCODERS}, dtype_t5=torch.float32
     )
@@ -62,6 +71,10 @@ def their_clip(wide, ours, kinds=ENCODERS):
     clip = comfy.sd.CLIP(Target, model_options={**sizes, "dtype": torch.float32})
     state = comfy.utils.load_torch_file(str(wide))
     state = {k.removeprefix("text_encoders."): v for k, v in state.items()}
+    if long is not None:
+        state = {k: v for k, v in state.items() if not k.startswith("clip_l.")}
+        longer = comfy.utils.load_torch_file(str(long))
+        state |= {k.removeprefix("text_encoders."): v for k, v in longer.items()}
     missing, _ = clip.cond_stage_model.load_state_dict(state, strict=False)
     assert all("logit_scale" in m or "clip_l.transformer.text_projection" in m for m in missing)
     for name in ("clip_l", "clip_g"):  # the numbers of the released vocabulary, hard-coded there
@@ -130,6 +143,98 @@ def test_an_embedding_takes_its_words_place(models, our_clip, native):
     same(ours, nodes.CLIPTextEncode().encode(native(), "a embedding:mine circle")[0])
     plain = nodes.CLIPTextEncode().encode(our_clip, "a circle")[0]
     assert (ours[0][0] - plain[0][0]).abs().max() > 1e-2
+
+
+@pytest.mark.parametrize("make", ["ours", "theirs"])
+def test_an_embedding_that_not_every_encoder_reads_is_told(models, our_clip, native, make):
+    """And counted where it is read alone."""
+    from safetensors.torch import save_file
+
+    folder = models / "embeddings"
+    save_file({"clip_g": torch.ones(3, 1280)}, folder / "only_g.safetensors")
+    save_file({"emb_params": torch.ones(2, 1024)}, folder / "other.safetensors")
+    (folder / "broken.safetensors").write_bytes(b"none")
+    clip = our_clip if make == "ours" else native()
+
+    def told(prompt):
+        (report,) = SD3EncodePrompt.execute(clip, prompt, "").ui["sd3_report"]
+        counts = report["positive"]["tokens"]
+        return report["positive"]["notes"], [counts[kind] for kind in ENCODERS]
+
+    assert told("a circle") == ([], [2, 2, 2])
+    notes, counts = told("a embedding:only_g, circle")
+    assert notes == [
+        "embedding:only_g has no vectors for CLIP-L and T5, which read the prompt without it."
+    ]
+    comma = [count - 2 for count in told("a , circle")[1]]
+    assert counts == [2 + comma[0], 5 + comma[1], 2 + comma[2]]
+    notes, counts = told("a (embedding:gone:1.2) circle")
+    assert len(notes) == 1
+    assert notes[0].startswith("embedding:gone is not in models/embeddings")
+    assert counts == [2, 2, 2]
+    notes, counts = told("a embedding:other circle")
+    assert len(notes) == 1
+    assert "vectors 1024 wide, which no encoder here takes" in notes[0]
+    assert counts == [2, 2, 2]
+    assert told("embedding:broken")[0][0].startswith("embedding:broken is not in models/embeddings")
+
+
+@pytest.fixture(scope="module")
+def long_file(wide):
+    """A Long-CLIP of CLIP-L's width."""
+    from dataclasses import replace
+
+    from released_widths import RELEASED_WIDTHS
+    from safetensors.torch import save_file
+
+    network_class, config = RELEASED_WIDTHS["clip_l"]
+    path = wide.parent.parent / "text_encoders" / "clip_l_long.safetensors"
+    state = prefixed("clip_l", network_class, replace(config, window=248))
+    save_file(state | tokenizer_tensors(wide.parent.parent / "tokenizers"), path)
+    yield path
+    path.unlink()
+
+
+@pytest.mark.parametrize("kinds", [("clip_l", "clip_g", "t5"), ("clip_l", "t5"), ("clip_l",)])
+@pytest.mark.parametrize("words", [3, 100, 400])
+def test_a_long_clip_is_read_as_in_comfyui(wide, long_file, our_clip, native, kinds, words):
+    """Beside CLIP-G its first rows count; alone all do, and T5 stays as long as it was."""
+    found = find_components(wide)
+    parts = {"clip_l": component_of(long_file, "clip_l")}
+    parts |= {kind: found[kind] for kind in kinds if kind != "clip_l"}
+    clip = load_clip(parts, "auto")
+    prompt = "red " * words
+    ours = nodes.CLIPTextEncode().encode(clip, prompt)[0]
+    theirs = long_native(wide, long_file, clip, kinds)
+    same(ours, nodes.CLIPTextEncode().encode(theirs, prompt)[0])
+    out = SD3EncodePrompt.execute(clip, prompt, "")
+    (told,) = out.ui["sd3_report"]
+    differ = [note for note in told["positive"]["notes"] if "windows of the CLIPs differ" in note]
+    assert len(differ) == ("clip_g" in kinds)
+    if "t5" in kinds:
+        assert told["positive"]["tokens"]["t5_length"] == max(77, words + 1)
+    context = out.args[0][0][0]
+    expected = core_encoder(parts, clip).encode(prompt).conditioning.context
+    if "t5" not in kinds:  # the zeros in its place: the node's are as many as its tokens would be
+        expected = expected[:, :-77]
+        context = context[:, : expected.shape[1]]
+    torch.testing.assert_close(context, expected, **TOLERANCE)
+
+
+def core_encoder(parts, clip):
+    """The command line's encoders of the same files."""
+    load = {kind: (lambda kind=kind: load_core_clip(parts[kind], kind)) for kind in parts}
+    if "t5" in parts:
+        load["t5"] = lambda: load_t5(parts["t5"])
+    own = {kind: getattr(clip.tokenizer, MODULES[kind]).tokenizer.tokenizer for kind in ENCODERS}
+    return TextEncoders(Tokenizers(**own), context_dim=4096, pooled_dim=2048, **load)
+
+
+def long_native(wide, long_file, ours, kinds):
+    small = functools.partial(comfy.clip_model.CLIPEmbeddings, vocab_size=len(clip_vocabulary()))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(comfy.clip_model, "CLIPEmbeddings", small)
+        return their_clip(wide, ours, kinds, long_file)
 
 
 def test_text_lora_keys_are_those_of_the_native_encoders(our_clip, native):

@@ -1,10 +1,13 @@
 """Our VAE in ComfyUI's nodes, theirs in ours; sizes and masks."""
 
 import copy
+import gc
+import weakref
 
 import comfy.model_patcher
 import pytest
 import torch
+from build import recipe_tensor
 from comfy.ldm.models.autoencoder import AutoencodingEngine
 from sd3_pack.nodes.errors import NodeError
 from sd3_pack.nodes.latents import (
@@ -18,6 +21,7 @@ from sd3_pack.nodes.loaders import load_vae
 from sd3_pack.nodes.wires import fitted_mask
 from sd3_pack.sd3_core.checkpoints.load import component_of
 from sd3_pack.sd3_core.checkpoints.load import load_vae as load_core_vae
+from sd3_pack.sd3_core.speed import stripes
 
 import nodes
 
@@ -116,6 +120,27 @@ def test_a_mask_is_cropped_as_the_picture_is():
     assert fitted_mask(torch.ones(2, 8, 8), 64, 48).shape == (2, 1, 64, 48)
 
 
+def test_what_is_cut_or_stretched_is_told(our_vae):
+    (told,) = SD3VAEEncode.execute(torch.rand(1, 67, 40, 3), our_vae, torch.ones(1, 9, 9)).ui[
+        "sd3_report"
+    ]
+    assert (told["width"], told["height"], told["latent"]) == (40, 64, [1, 16, 8, 5])
+    assert told["notes"] == [
+        "The picture is 40 x 67 pixels: cut around its centre to 40 x 64.",
+        "The mask is 9 x 9 pixels, its picture 40 x 67: the mask is stretched over the whole "
+        "picture.",
+    ]
+    (told,) = SD3VAEEncode.execute(torch.rand(1, 64, 40, 3), our_vae, torch.ones(1, 64, 40)).ui[
+        "sd3_report"
+    ]
+    assert told["notes"] == []
+
+
+def test_a_picture_smaller_than_one_latent_is_refused(our_vae):
+    with pytest.raises(NodeError, match=r"^SD3:bad_setting: the picture is 5 x 64 pixels"):
+        SD3VAEEncode.execute(torch.rand(1, 64, 5, 3), our_vae)
+
+
 def test_a_black_picture_is_an_error(our_vae):
     latent = {"samples": torch.full((1, 16, 8, 8), torch.nan)}
     with pytest.raises(NodeError, match=r"^SD3:not_finite: the VAE's decoder"):
@@ -156,3 +181,69 @@ def test_the_size_follows_the_connected_model(tiny_three, our_model):
 def test_the_report_tells_the_size():
     (told,) = SD3EmptyLatent.execute("3:2", 0, 0, 1).ui["sd3_report"]
     assert told == {"width": 1280, "height": 832, "batch_size": 1}
+
+
+@pytest.mark.parametrize("which", ["our_vae", "their_vae"])
+def test_a_grey_image_is_encoded_as_grey(which, request):
+    vae = request.getfixturevalue(which)
+    grey = torch.rand(1, 16, 24, 1)
+    (one, *_) = SD3VAEEncode.execute(grey, vae).args
+    (three, *_) = SD3VAEEncode.execute(grey.repeat(1, 1, 1, 3), vae).args
+    torch.testing.assert_close(one["samples"], three["samples"])
+
+
+def test_what_is_no_picture_is_refused_by_its_input_before_it_is_encoded(our_vae):
+    pixels = torch.rand(3, 16, 16, 3)
+    pixels[1, 4, 4, 0] = float("nan")
+    with pytest.raises(NodeError, match="not_finite: pixels holds NaN.*in picture 2 of 3"):
+        SD3VAEEncode.execute(pixels, our_vae)
+    mask = torch.full((1, 16, 16), float("inf"))
+    with pytest.raises(NodeError, match="not_finite: mask holds NaN or infinity"):
+        SD3VAEEncode.execute(torch.rand(1, 16, 16, 3), our_vae, mask)
+    with pytest.raises(NodeError, match="bad_setting: pixels is .* 1, 3 or 4 channels"):
+        SD3VAEEncode.execute(torch.rand(1, 16, 16, 2), our_vae)
+
+
+@pytest.mark.parametrize(("free", "whole"), [(8e9, True), (1e6, False)])
+def test_comfyuis_free_memory_decides_how_a_picture_is_decoded(
+    tiny, recipe_latents, monkeypatch, free, whole
+):
+    """And what ComfyUI is told to keep free is what that takes."""
+    with torch.inference_mode():
+        vae = load_vae(component_of(tiny, "vae"))
+    plainly = vae.first_stage_model.decoder(recipe_latents).movedim(1, -1)
+    monkeypatch.setattr(vae.patcher, "get_free_memory", lambda device: free)
+    hows, original = [], stripes._decode
+
+    def watched(vae, latents, how, affine):
+        hows.append(how)
+        return original(vae, latents, how, affine)
+
+    monkeypatch.setattr(stripes, "_decode", watched)
+    shape, dtype = recipe_latents.shape, vae.vae_dtype
+    asked = vae.memory_used_decode(shape, dtype)
+    images = vae.decode(recipe_latents)
+    assert [how is None for how in hows] == [whole]
+    assert asked == stripes.memory_needed(vae.vae_config, shape, dtype, hows[0])
+    assert asked < free or hows[0] == stripes.LEAST
+    torch.testing.assert_close(images, ((plainly + 1) / 2).clamp(0, 1), atol=1e-5, rtol=0)
+
+
+@pytest.fixture
+def recipe_latents():
+    return recipe_tensor("latents", (1, 16, 24, 24), 3)
+
+
+def test_a_vae_leaves_when_nobody_holds_it(tiny):
+    """Nothing of ours refers back to it in a circle."""
+    with torch.inference_mode():
+        vae = load_vae(component_of(tiny, "vae"))
+    network = weakref.ref(vae.first_stage_model)
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        del vae
+        assert network() is None
+    finally:
+        if enabled:
+            gc.enable()

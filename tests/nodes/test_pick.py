@@ -82,6 +82,33 @@ def test_pictures_pass_through_and_wait_in_the_backlog():
     assert told(SD3Pick.execute(batch, "mine", "a circle", seed=5))["open"] == 1
 
 
+def test_grey_candidates_are_kept_and_what_is_no_picture_is_named(output):
+    grey = torch.rand(2, 8, 8, 1)
+    SD3Pick.execute(grey, "mine", "x")
+    SD3Pick.execute(grey.repeat(1, 1, 1, 3), "mine", "x")
+    assert len(Picks(output / "sd3_picks" / "mine").groups()) == 1
+    broken = images(2)
+    broken[0, 0] = float("nan")
+    with pytest.raises(NodeError, match="not_finite: images holds NaN .*picture 1 of 2"):
+        SD3Pick.execute(broken, "mine", "x")
+    with pytest.raises(NodeError, match="not_finite: images_b holds NaN"):
+        SD3Pick.execute(images(2), "mine", "x", broken)
+
+
+def test_half_a_character_is_refused_and_writes_nothing(output):
+    with pytest.raises(NodeError, match="bad_setting: the prompt holds half a character"):
+        SD3Pick.execute(images(2), "mine", "a \ud83d cat")
+    assert not (output / "sd3_picks" / "mine").exists()
+
+
+def test_lines_that_an_editor_saved_with_a_mark_all_count(output):
+    SD3Pick.execute(images(2), "mine", "x")
+    picks = Picks(output / "sd3_picks" / "mine")
+    file = picks.folder / "candidates.jsonl"
+    file.write_bytes(b"\xef\xbb\xbf" + file.read_bytes())
+    assert len(picks.groups()) == 1
+
+
 @pytest.mark.parametrize(("count", "sizes"), [(2, [2]), (4, [4]), (5, [3, 2]), (9, [3, 3, 3])])
 def test_a_batch_is_cut_into_groups_of_two_to_four(output, count, sizes):
     SD3Pick.execute(images(count), "mine", "x")

@@ -72,6 +72,23 @@ def test_auto_is_dpmpp_2m_for_a_model_of_another_loader(their_model, conditionin
     assert torch.equal(auto, named)
 
 
+def test_a_cfg_of_0_is_ksamplers_and_is_told(our_model, conditioning):
+    prompts = conditioning(1), conditioning(2)
+    latent = {"samples": torch.zeros(1, 16, 16, 12)}
+
+    def notes(cfg):
+        out = SD3Sample.execute(our_model, *prompts, latent, schedule(), 5, cfg, "euler")
+        return out.ui["sd3_report"][0]["notes"]
+
+    drawn = sample(our_model, *prompts, cfg=0.0)
+    torch.testing.assert_close(drawn, ksampler(our_model, *prompts, cfg=0.0), **TOLERANCE)
+    only_negative = sample(our_model, prompts[1], prompts[0], cfg=1.0)
+    torch.testing.assert_close(drawn, only_negative, **TOLERANCE)
+    (note,) = notes(0.0)
+    assert "the prompt does not count" in note
+    assert notes(1.0) == []
+
+
 @pytest.mark.parametrize("sampler", ["euler", "euler_ancestral"])
 def test_the_largest_seed_is_one(our_model, conditioning, sampler):
     latent = {"samples": torch.zeros(1, 16, 16, 12)}

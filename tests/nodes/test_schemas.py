@@ -99,7 +99,7 @@ def test_native_types_are_on_every_socket():
 
 def test_rare_inputs_are_folded_away():
     folded = [socket.id for socket in SCHEMAS["SD3Sample"].inputs if getattr(socket, "advanced", 0)]
-    assert not hasattr(io.Model.Input("x"), "advanced") or len(folded) == 6
+    assert not hasattr(io.Model.Input("x"), "advanced") or len(folded) == 8
 
 
 # A whole graph, as ComfyUI's server runs it

@@ -187,8 +187,9 @@ def test_image_to_image_and_a_batch_are_swept(tiny_three):
 
 
 def test_a_run_without_a_step_has_no_path(tiny_three):
-    cells = told(sweep(tiny_three, ("cfg", "1, 4"), denoise=0.0))["cells"]
-    assert [cell["path_length"] for cell in cells] == [0, 0]
+    report = told(sweep(tiny_three, ("cfg", "0, 4"), denoise=0.0))
+    assert [cell["path_length"] for cell in report["cells"]] == [0, 0]
+    assert [note[:9] for note in report["notes"]] == ["cfg is 0:"]
 
 
 def test_the_grid_the_table_and_the_report_tell_the_same(tiny_three):

@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import shutil
+import types
 from dataclasses import replace
 from pathlib import Path
 
@@ -256,6 +257,44 @@ def test_a_torn_line_of_the_log_does_not_cost_the_run(tiny_three, pictures, plac
     assert len(train(tiny_three[0], pictures).args[2]["loss"]) == 4
 
 
+def test_several_lines_are_what_the_node_says(tiny_three, places):
+    """The report says how they are read, and so does the run."""
+    (places / "input" / "pictures" / "0.txt").write_text("a red circle\n\non grey")
+    clip, vae = tiny_three[1:]
+    output = SD3TrainingImages.execute(clip, vae, "pictures")
+    assert told(output)["captions"][0] == "a red circle"
+    assert told(output)["notes"][0].startswith("1 caption of several lines, each an alternative")
+    whole = SD3TrainingImages.execute(clip, vae, "pictures", lines="whole")
+    note = "1 caption of several lines, read as one caption: 0.png"
+    assert told(whole)["captions"][0] == "a red circle\non grey"
+    assert told(whole)["notes"] == [note]
+    assert note in told(train(tiny_three[0], whole.args[0], steps=1))["notes"]
+    for side in ("chosen", "rejected"):
+        write_pictures(places / "input" / "two" / side, 1)
+        (places / "input" / "two" / side / "0.txt").write_text("a red circle\n\non grey")
+    pairs = told(SD3Preferences.execute(clip, vae, "two", lines="first"))
+    assert pairs["captions"] == ["a red circle"]
+    assert pairs["notes"] == ["1 caption of several lines, of which the first is read: 0"]
+
+
+def test_the_node_says_which_pictures_are_left_out(tiny_three, places):
+    folder = places / "input" / "pictures"
+    (folder / "0-masklabel.png").write_bytes((folder / "0.png").read_bytes())
+    report = told(SD3TrainingImages.execute(*tiny_three[1:], "pictures"))
+    assert report["pictures"] == 5
+    assert report["notes"][0].startswith("1 picture left out, masks and control pictures by")
+    for path in folder.glob("?.png"):
+        path.unlink()
+    with pytest.raises(NodeError, match=r"no picture in it; 1 picture left out, .*masklabel\.png"):
+        SD3TrainingImages.execute(*tiny_three[1:], "pictures")
+
+
+def test_only_a_line_feed_parts_the_captions_of_pictures_of_the_graph(tiny_three):
+    images = torch.rand(2, 64, 64, 3)
+    output = SD3TrainingImages.execute(*tiny_three[1:], "", 1, images, "a\u2028b\r\nc")
+    assert told(output)["captions"] == ["a\u2028b", "c"]
+
+
 def test_pictures_of_the_graph_outlive_the_temporary_folder(tiny_three, places):
     output = SD3TrainingImages.execute(*tiny_three[1:], "", 1, torch.rand(1, 64, 64, 3), "x")
     folder = output.args[0].source.path
@@ -272,6 +311,28 @@ def test_pictures_of_the_graph_are_taught_as_those_of_a_folder(tiny_three):
     assert again.source == output.args[0].source
     assert told(execute(clip, vae, "", 1, images, "one for all"))["captions"] == ["one for all"]
     assert len(train(tiny_three[0], again, steps=1).args[2]["loss"]) == 1
+
+
+def test_pictures_of_the_graph_that_are_none_are_named(tiny_three):
+    clip, vae = tiny_three[1:]
+    images, fine = torch.rand(3, 64, 64, 3), torch.rand(3, 64, 64, 3)
+    images[2, 0, 0, 0] = float("nan")
+    with pytest.raises(NodeError, match="not_finite: images holds NaN .* in picture 3 of 3"):
+        SD3TrainingImages.execute(clip, vae, "", 1, images, "x")
+    with pytest.raises(NodeError, match="not_finite: rejected holds NaN .* in picture 3 of 3"):
+        SD3Preferences.execute(clip, vae, "", fine, images, "x")
+    with pytest.raises(NodeError, match="bad_setting: images is .*1, 3 or 4 channels"):
+        SD3TrainingImages.execute(clip, vae, "", 1, fine[..., :2], "x")
+    with pytest.raises(NodeError, match="bad_setting: captions holds half a character"):
+        SD3TrainingImages.execute(clip, vae, "", 1, fine, "x \ud83d")
+
+
+def test_grey_pictures_of_the_graph_are_taught_as_grey(tiny_three):
+    clip, vae = tiny_three[1:]
+    grey = torch.rand(2, 64, 64, 1)
+    one = SD3TrainingImages.execute(clip, vae, "", 1, grey, "x").args[0].source.path
+    three = SD3TrainingImages.execute(clip, vae, "", 1, grey.repeat(1, 1, 1, 3), "x")
+    assert one == three.args[0].source.path  # named by its content
 
 
 def test_pairs_of_the_graph_are_preferences(tiny_three):
@@ -439,18 +500,18 @@ def test_loras_of_both_kinds_of_loader_are_named(styled):
 def test_a_prior_holds_the_lora_to_the_model_as_it_came(
     tiny_three, styled, pictures, places, monkeypatch
 ):
-    passes, loss = [], FlowTask.loss
+    parts, part = [], FlowTask.part
 
     def watched(task, step, rows, size):
-        losses = loss(task, step, rows, size)
-        passes.append((task.batches.samples(step, rows, size).prior, losses.each.detach()))
+        losses = part(task, step, rows, size)
+        parts.append((task.batches.samples(step, rows, size).prior, losses.each.detach()))
         return losses
 
-    monkeypatch.setattr(FlowTask, "loss", watched)
+    monkeypatch.setattr(FlowTask, "part", watched)
     write_pictures(places / "input" / "others", 7)
     prior = SD3TrainingImages.execute(tiny_three[1], tiny_three[2], "others").args[0]
     output = train(styled, pictures, prior=prior, steps=1, batch_size=12)
-    ((is_prior, losses),) = passes
+    is_prior, losses = (torch.cat(some) for some in zip(*parts, strict=True))
     assert 0 < is_prior.sum() < 12
     assert losses[is_prior].max() < 1e-8  # with the LoRA that was on it
     assert losses[~is_prior].min() > 0.01
@@ -479,6 +540,48 @@ def test_validation_is_on_pictures_of_its_own(tiny_three, pictures, places):
     config = json.loads((places / "output" / "sd3" / "mine" / "config.json").read_text())
     found = config["identity"]["pictures of validation"]
     assert found not in (None, config["identity"]["pictures and captions"])
+
+
+def test_validation_on_what_is_learnt_from_is_refused_as_by_the_command_line(
+    tiny_three, pictures, preferences
+):
+    for data, node in ((pictures, SD3TrainLoRA), (preferences, SD3TrainDPO)):
+        with pytest.raises(NodeError, match="bad_setting: .* is learnt from, and given as valid"):
+            train(tiny_three[0], data, node, validation=data, validate_every=2)
+
+
+@pytest.mark.parametrize("changes", [{"resolution": 4096}, {"more": "bucket_step = 5"}])
+def test_a_size_that_does_not_fit_is_refused_before_anything_is_encoded(
+    tiny_three, pictures, changes, places
+):
+    name = "resolution" if "resolution" in changes else "bucket_step"
+    with pytest.raises(NodeError, match=rf"bad_setting: .*{name} is"):
+        train(tiny_three[0], pictures, **changes)
+    assert not list((places / "output").rglob("*.safetensors"))
+
+
+def test_a_name_that_is_not_utf8_reaches_the_page_as_text(
+    tiny_three, pictures, places, monkeypatch
+):
+    from server import PromptServer
+
+    folder = places / "input" / "pictures"
+    try:
+        (folder / "0.png").rename(folder / os.fsdecode(b"caf\xe9.png"))
+    except OSError as error:
+        pytest.skip(f"this file system has no such names ({error})")
+    told = []
+    page = types.SimpleNamespace(
+        send_progress_text=lambda text, node, sid=None: told.append(text.encode())
+    )
+    monkeypatch.setattr(PromptServer, "instance", page, raising=False)
+    hidden = types.SimpleNamespace(unique_id="7", prompt=None, extra_pnginfo=None)
+    monkeypatch.setattr(SD3TrainLoRA, "hidden", hidden, raising=False)
+    data = SD3TrainingImages.execute(tiny_three[1], tiny_three[2], "pictures").args[0]
+    assert SD3TrainingImages.fingerprint_inputs(folder="pictures", repeats=1)
+    output = train(tiny_three[0], data, steps=1)
+    assert any(b"caf\\xe9.png" in text for text in told)
+    json.dumps(output.ui["sd3_report"]).encode()
 
 
 def test_dpo_is_measured_on_held_out_pairs_where_there_are_some(tiny_three, preferences, places):

@@ -454,12 +454,39 @@ def test_encoders_of_another_model_are_refused(tiny_tokenizers, networks, contex
         ).encode(CAT)
 
 
-def test_clips_of_different_windows_are_refused(tiny_tokenizers, networks):
-    with pytest.raises(CheckpointError, match="CLIP windows differ"):
-        TextEncoders(
-            tiny_tokenizers,
-            context_dim=CONTEXT,
-            pooled_dim=POOLED,
-            clip_l=networks["clip_l"],
-            clip_g=clip("clip_g", window=16),
+def test_clips_of_different_windows_stand_side_by_side_as_far_as_the_shorter_goes(
+    tiny_tokenizers, networks
+):
+    """As in ComfyUI, where Long-CLIP's first rows stand beside CLIP-G's."""
+    long = clip("clip_l", window=3 * WINDOW)
+    given = {"context_dim": CONTEXT, "pooled_dim": POOLED}
+    both = TextEncoders(tiny_tokenizers, clip_l=long, clip_g=networks["clip_g"], **given)
+    alone = TextEncoders(tiny_tokenizers, clip_l=long, **given)
+    beside = TextEncoders(tiny_tokenizers, clip_g=networks["clip_g"], **given)
+    for prompt in (CAT, LONG):
+        encoded, left, right = (some.encode(prompt) for some in (both, alone, beside))
+        rows = encoded.tokens["clip_windows"] * WINDOW
+        context = encoded.conditioning.context
+        assert context.shape[1] == rows + WINDOW
+        shown = min(rows, left.tokens["clip_windows"] * 3 * WINDOW)
+        torch.testing.assert_close(
+            context[:, :shown, :L_WIDTH], left.conditioning.context[:, :shown, :L_WIDTH]
         )
+        torch.testing.assert_close(
+            context[:, :rows, L_WIDTH:], right.conditioning.context[:, :rows, L_WIDTH:]
+        )
+    assert f"(CLIP-L {3 * WINDOW} and CLIP-G {WINDOW} tokens)" in encoded.notes[1]
+
+
+def test_a_long_clip_alone_does_not_lengthen_t5(tiny_tokenizers, networks):
+    encoders = TextEncoders(
+        tiny_tokenizers,
+        context_dim=CONTEXT,
+        pooled_dim=POOLED,
+        clip_l=clip("clip_l", window=248),
+        t5=networks["t5"],
+    )
+    for use in (("clip_l", "t5"), ("t5",)):
+        encoded = encoders.encode(CAT, use=use)
+        assert encoded.tokens["t5_length"] == 77
+        assert encoded.conditioning.context.shape[1] == 248 + 77

@@ -45,6 +45,21 @@ def test_slices_of_a_batch_are_the_batch():
     assert torch.equal(torch.cat([parts[i].u for i in (1, 2, 0)]), whole.u)
 
 
+def test_parts_of_a_batch_are_of_one_size_each_however_it_is_shared():
+    images = [torch.zeros(3, side, 32) for side in (32, 32, 32, 16, 16, 8)]
+    dataset = tensor_dataset(images, [str(n) for n in range(6)])
+    given = Batches(dataset, Entries(), CONFIG)
+    for step in range(6):
+        for shared in ([range(4)], [range(2), range(2, 4)], [range(1), range(1, 4)]):
+            parts = [part for rows in shared for part in given.parts(step, rows, 4)]
+            assert [row for part in parts for row in part] == list(range(4))
+            for part in parts:
+                draws = dataset.batch(step, 4, CONFIG.seed, part.start, len(part))
+                assert len({dataset.items[draw.item].bucket for draw in draws}) == 1
+    rows = range(2, 6)
+    assert batches().parts(0, rows, 6) == [rows]
+
+
 def test_every_sample_has_its_own_noise_and_time():
     first, second = batches().samples(0, range(4), 4), batches().samples(1, range(4), 4)
     noise = torch.cat([first.noise, second.noise]).flatten(1)

@@ -22,7 +22,7 @@ PACK = Path(__file__).parent.parent.parent
 
 TOML = """
 run_name = "cat"
-data = ["a", { path = "b", repeats = 3, weight = 0.5 }]
+data = ["a", { path = "b", repeats = 3, weight = 0.5 }, { path = "c", lines = "whole" }]
 betas = [0.9, 0.95]
 learning_rate = 1
 lora_blocks = [0, 1]
@@ -35,7 +35,11 @@ gradient_checkpointing = true
 
 def test_toml_becomes_settings():
     config = make_config(read_toml(TOML))
-    assert config.data == (Source(Path("a")), Source(Path("b"), 3, 0.5))
+    assert config.data == (
+        Source(Path("a")),
+        Source(Path("b"), 3, 0.5),
+        Source(Path("c"), lines="whole"),
+    )
     assert config.betas == (0.9, 0.95)
     assert config.learning_rate == 1.0
     assert isinstance(config.learning_rate, float)
@@ -66,6 +70,8 @@ def test_settings_that_are_given_away_hold_no_folders():
     ("change", "message"),
     [
         ({"learning_rat": 1}, "there is no setting 'learning_rat'. Did you mean learning_rate?"),
+        ({"lines": "whole"}, 'lines is said of a folder: data = [{ path = "pictures", lines'),
+        ({"data": {"path": "a", "lines": 1}}, 'prior = true, lines = "whole"}'),
         ({"steps": 0}, "steps is 0; expected a whole number from 1"),
         ({"steps": 1.5}, "steps is 1.5; expected a whole number"),
         ({"steps": True}, "steps is True; expected a whole number"),

@@ -138,7 +138,8 @@ def test_winner_and_loser_meet_one_noise_one_time_and_one_prompt(config, monkeyp
 
     monkeypatch.setattr(DPOTask, "errors", errors)
     train(replace(config, caption_dropout=0.5, validate_every=0))
-    assert len(seen) == 8  # reference and trained, of four steps
+    samples = sum(len(winner.x0) for winner, _ in seen)
+    assert samples == 4 * config.batch_size * 2  # of four steps, for reference and trained
     for winner, loser in seen:
         assert torch.equal(winner.noise, loser.noise)
         assert torch.equal(winner.u, loser.u)

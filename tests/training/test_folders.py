@@ -47,6 +47,81 @@ def test_each_line_of_a_text_file_is_an_alternative(tmp_path):
     }
 
 
+@pytest.mark.parametrize("encoding", ["utf-16-le", "utf-16-be", "cp1252"])
+def test_a_guessed_encoding_of_a_caption_or_metadata_is_told(tmp_path, encoding):
+    touch(tmp_path / "in" / "a.png")
+    touch(tmp_path / "in" / "a.txt", "ein kleines Vögelchen\r\n".encode(encoding))
+    touch(tmp_path / "b" / "b.png")
+    row = json.dumps({"file_name": "b.png", "text": "zwei kleine Vögel"}, ensure_ascii=False)
+    touch(tmp_path / "b" / "metadata.jsonl", (row + "\r\n").encode(encoding))
+    listing = list_pictures(Source(tmp_path), "set/")
+    assert [one.captions for one in listing.found] == [
+        (("zwei kleine Vögel",),),
+        (("ein kleines Vögelchen",),),
+    ]
+    told = {note.partition(" ")[0] for note in listing.notes}
+    assert told == {"set/in/a.txt", "set/b/metadata.jsonl"}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16"])
+def test_metadata_with_a_mark_needs_no_word(tmp_path, encoding):
+    touch(tmp_path / "b.png")
+    row = json.dumps({"file_name": "b.png", "text": "Vögel"}, ensure_ascii=False)
+    touch(tmp_path / "metadata.jsonl", row.encode(encoding))
+    listing = list_pictures(Source(tmp_path))
+    assert (listing.found[0].captions, listing.notes) == ((("Vögel",),), ())
+
+
+def test_text_with_nul_bytes_costs_the_picture(tmp_path):
+    touch(tmp_path / "a.png")
+    touch(tmp_path / "a.txt", b"a cat\0\0\0")
+    listing = list_pictures(Source(tmp_path))
+    assert listing.found == ()
+    assert "a.txt holds NUL bytes" in listing.skipped[0].reason
+
+
+@pytest.mark.parametrize("name", ["text", "captions", "synthetic", "file_name"])
+def test_half_a_character_in_metadata_is_named_with_its_line(tmp_path, name):
+    touch(tmp_path / "a.png")
+    row = {"file_name": "a.png", name: "\ud83d"}
+    write_rows(tmp_path, {"file_name": "a.png"} if name != "file_name" else "", row)
+    with pytest.raises(ValueError, match=rf"metadata.jsonl:2: {name} holds half a character"):
+        list_pictures(Source(tmp_path))
+
+
+@pytest.mark.parametrize("inside", ["\u2028", "\u0085", "\x0b", "\x0c", "\x1c", "\r"])
+def test_only_a_line_feed_ends_a_line(tmp_path, inside):
+    """str.splitlines() ends it at each of these, which captions may hold."""
+    touch(tmp_path / "a.png")
+    touch(tmp_path / "a.txt", f"a cat{inside}asleep\r\na dog\n")
+    touch(tmp_path / "a.synthetic.txt", f"on{inside}it")
+    assert captions_of(tmp_path) == {
+        "a.png": ((f"a cat{inside}asleep", "a dog"), (f"on{inside}it",))
+    }
+
+
+def test_several_lines_are_alternatives_or_one_caption_or_the_first_alone(tmp_path):
+    touch(tmp_path / "a.png")
+    touch(tmp_path / "a.txt", "A cat sits.\r\n\r\n  The light is soft.\n")
+    touch(tmp_path / "a.synthetic.txt", "one line")
+    touch(tmp_path / "b.png")
+    touch(tmp_path / "b.txt", "a dog\n")
+    touch(tmp_path / "c.png")
+    write_rows(tmp_path, {"file_name": "c.png", "captions": ["a\nb", "c"]})
+    for rule, read in (
+        ("alternatives", ("A cat sits.", "The light is soft.")),
+        ("whole", ("A cat sits.\nThe light is soft.",)),
+        ("first", ("A cat sits.",)),
+    ):
+        found = list_pictures(Source(tmp_path, lines=rule)).found
+        assert [one.captions for one in found] == [
+            (read, ("one line",)),
+            (("a dog",),),
+            (("a\nb", "c"),),  # metadata says itself what is one caption
+        ]
+        assert [one.lines for one in found] == [rule, "", ""]
+
+
 def test_synthetic_captions_are_a_source_of_their_own(tmp_path):
     touch(tmp_path / "a.png")
     touch(tmp_path / "a.txt", "cat")
@@ -104,6 +179,48 @@ def test_metadata_tells_captions_weight_and_bucket(tmp_path):
     assert found["c.png"].captions == (("from the text file",),)
 
 
+@pytest.mark.parametrize("column", ["text", "caption", "prompt"])
+@pytest.mark.parametrize("nothing", ["null", "NaN"])
+def test_a_table_saved_by_pandas_is_read_whatever_its_caption_is_called(tmp_path, column, nothing):
+    """In such a file each line has every column, and numbers have turned into floats."""
+    columns = ("text", "caption", "prompt", "captions", "synthetic", "weight", "bucket")
+    gaps = {name: None for name in columns if name != column}
+    touch(tmp_path / "a.png")
+    touch(tmp_path / "b.png")
+    rows = (
+        {"file_name": "a.png", column: "a cat", **gaps, "bucket": [64.0, 32.0]},
+        {"file_name": "b.png", column: None, **gaps, "captions": ["a dog", None], "weight": 2.0},
+    )
+    touch(tmp_path / "metadata.jsonl", "\ufeff" + "\r\n".join(map(json.dumps, rows)))
+    file = tmp_path / "metadata.jsonl"
+    file.write_bytes(file.read_bytes().replace(b"null", nothing.encode()))
+    listing = list_pictures(Source(tmp_path))
+    found = {one.name: (one.captions, one.weight, one.row.bucket) for one in listing.found}
+    assert found == {
+        "a.png": ((("a cat",),), 1.0, (64, 32)),
+        "b.png": ((("a dog",),), 2.0, None),
+    }
+    assert listing.notes == listing.skipped == ()
+
+
+def test_captions_that_contradict_each_other_are_told(tmp_path):
+    for name in "abcd":
+        touch(tmp_path / f"{name}.png")
+    write_rows(
+        tmp_path,
+        {"file_name": "a.png", "text": "a cat", "prompt": "masterpiece, cat"},
+        {"file_name": "b.png", "prompt": "a dog, 4k", "text": "a dog"},
+        {"file_name": "c.png", "text": " ", "prompt": "a fish", "caption": "a fish "},
+        {"file_name": "d.png", "text": "a bird", "caption": "a hen", "prompt": "bird"},
+    )
+    listing = list_pictures(Source(tmp_path), "set/")
+    assert [one.captions[0][0] for one in listing.found] == ["a cat", "a dog", "a fish", "a bird"]
+    assert listing.notes == (
+        "set/metadata.jsonl: 2 lines with something else in prompt: text is read",
+        "set/metadata.jsonl: 1 line with something else in caption and prompt: text is read",
+    )
+
+
 def test_metadata_of_a_folder_below_speaks_for_that_folder(tmp_path):
     touch(tmp_path / "sub" / "a.png")
     write_rows(tmp_path / "sub", {"file_name": "a.png", "text": "near"})
@@ -151,10 +268,13 @@ def test_names_never_leave_the_folder(tmp_path, name):
         ({"file_name": "a.png", "captions": ["x", 3]}, "captions is"),
         ({"file_name": "a.png", "weight": 0}, "weight is 0"),
         ({"file_name": "a.png", "weight": True}, "weight is True"),
-        ('{"file_name": "a.png", "weight": NaN}', "weight is nan"),
+        ('{"file_name": "a.png", "weight": Infinity}', "weight is inf"),
+        ({"file_name": "a.png", "caption": 3}, "caption is 3"),
         ('{"file_name": "a.png", "weight": 1e999}', "weight is inf"),
         ({"file_name": "a.png", "bucket": [64]}, "bucket is"),
-        ({"file_name": "a.png", "bucket": [64, 64.0]}, "bucket is"),
+        ({"file_name": "a.png", "bucket": [64, 64.5]}, "bucket is"),
+        ({"file_name": "a.png", "bucket": [64, True]}, "bucket is"),
+        ({"file_name": "a.png", "bucket": "64x64"}, "bucket is"),
         ("[" * 100_000, "metadata.jsonl:2"),
         ({"file_name": "first.png"}, "metadata.jsonl:1 has this file_name already"),
     ],
@@ -206,6 +326,7 @@ def test_links_are_followed_and_circles_are_not(tmp_path):
         (lambda path: Source(touch(path / "a.png")), "is a file"),
         (lambda path: Source(path, repeats=0), "repeats is 0"),
         (lambda path: Source(path, weight=float("nan")), "weight is nan"),
+        (lambda path: Source(path, lines="all"), "lines is 'all'; expected one of alternatives,"),
     ],
 )
 def test_a_source_that_makes_no_sense_is_refused(tmp_path, source, message):

@@ -94,9 +94,8 @@ def test_a_dataset_file_beside_it_is_read_too(file):
     file.write_text('dataset_config = "data.toml"\n' + GIVEN)
     translated = translate(file)
     config = translated.config()
-    assert config.data == (Source(Path("cats"), 10),)
+    assert config.data == (Source(Path("cats"), 10, subfolders=False, caption="cat"),)
     assert (config.batch_size, config.bucket_step) == (4, 32)
-    assert any("class_tokens" in line for line in translated.ignored)
 
 
 def test_a_datasets_own_settings_win_and_a_run_has_one_of_each(file):
@@ -105,8 +104,8 @@ def test_a_datasets_own_settings_win_and_a_run_has_one_of_each(file):
     file.write_text('dataset_config = "data.toml"\n' + GIVEN)
     translated = translate(file)
     assert translated.config().resolution == 512  # over the 1024,768 of all
-    assert translated.config().data == (Source(Path("cats"), 10), Source(Path("dogs"), 10))
-    assert "dataset 2: resolution = 768: a run has one" in translated.ignored
+    assert [source.path.name for source in translated.config().data] == ["cats", "dogs"]
+    assert "dataset 2: resolution = 768: a run has one, which is 512" in translated.ignored
 
 
 def test_text_encoders_that_should_be_trained_are_told_and_usual_values_not(tmp_path):
@@ -124,15 +123,24 @@ def test_other_defaults_are_told_where_nothing_is_given(file, tmp_path):
     bare = tmp_path / "bare.toml"
     bare.write_text("max_train_steps = 100")
     assert translate(bare).defaults == (
+        "learning_rate = 2e-06",
+        "eps = 1e-08",
         "rank = 4",
         "warmup = 0",
+        "widest = 1.0",
         "t5_length = 256",
         "caption_dropout = 0.0",
         'density = "uniform"',
         "shift = 1.0",
         'loss_space = "x0"',
+        'dtype = "fp32"',
     )
-    assert translate(file).defaults == ("caption_dropout = 0.0", 'loss_space = "x0"')
+    assert translate(file).defaults == (
+        "eps = 1e-08",
+        "widest = 1.0",
+        "caption_dropout = 0.0",
+        'loss_space = "x0"',
+    )
     told = make_config(translate(file).settings | read_toml("\n".join(translate(file).defaults)))
     assert (told.caption_dropout, told.loss_space) == (0.0, "x0")
 
@@ -187,14 +195,17 @@ def test_regularisation_pictures_become_the_prior(file):
     beginning = 'dataset_config = "data.toml"\n'
     file.write_text(beginning + 'prior_loss_weight = 0.5\nreg_data_dir = "more"\n' + GIVEN)
     translated = translate(file)
-    assert translated.config().data == (Source(Path("cats")), Source(Path("others"), prior=True))
+    assert translated.config().data == (
+        Source(Path("cats"), subfolders=False),
+        Source(Path("others"), prior=True, subfolders=False),
+    )
     assert make_config(read_toml(translated.toml())) == translated.config()
     told = "\n".join(translated.ignored)
     assert "prior_loss_weight = 0.5: here prior_weight" in told
     assert "reg_data_dir = more: a dataset_config names its own" in told
-    assert "sd-scripts learns from as many of them" in told
+    assert "sd-scripts learns from as many of them" in "\n".join(translated.notes)
     file.write_text(beginning + "prior_loss_weight = 0\n" + GIVEN)
-    assert translate(file).config().data == (Source(Path("cats")),)
+    assert translate(file).config().data == (Source(Path("cats"), subfolders=False),)
     assert not any("reg" in line or "prior" in line for line in translate(file).ignored)
 
 

@@ -1,12 +1,20 @@
 """The network that is trained: its first weights, qk norm, float32 copies."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from sd3_pack.sd3_core.checkpoints.layouts import find_components
 from sd3_pack.sd3_core.checkpoints.load import load_mmdit
 from sd3_pack.sd3_core.models.mmdit import MMDiT, MMDiTConfig, position_table
-from sd3_pack.sd3_core.training.networks import add_qk_norm, initialise, load_to_train
+from sd3_pack.sd3_core.training.networks import (
+    add_qk_norm,
+    initialise,
+    load_to_train,
+    recompute_blocks,
+)
 from sd3_pack.sd3_core.training.objectives import RectifiedFlow
 from tiny import quantised, tiny_state_dicts, with_prefixes, write_tiny_checkpoint
 
@@ -109,3 +117,27 @@ def test_scaled_fp8_weights_are_not_trained_on(tmp_path):
     save_file(with_prefixes({"mmdit": state}), tmp_path / "fp8.safetensors")
     with pytest.raises(ValueError, match="too coarse to be trained on"):
         load_to_train(find_components(tmp_path / "fp8.safetensors")["mmdit"], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("random", [False, True])
+def test_a_recomputed_network_gives_the_same_and_leaves_when_nobody_holds_it(new, random):
+    def gradients(model):
+        model.zero_grad()
+        model(*given(SIZE)).square().mean().backward()
+        return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+    model = MMDiT(SIZE)
+    model.load_state_dict(new.state_dict())
+    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
+    before = gradients(model)
+    recompute_blocks(model, random=random)
+    after = gradients(model)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    seen, enabled = weakref.ref(model.joint_blocks[0]), gc.isenabled()
+    gc.disable()  # a circle would wait for the collector, and memory with it
+    try:
+        del model
+        assert seen() is None
+    finally:
+        if enabled:
+            gc.enable()

@@ -102,6 +102,23 @@ def test_an_undone_vote_teaches_nothing_and_may_be_cast_anew(picks):
     assert {one.id for one in picks.open_groups()} == {first.id, second.id}
 
 
+def test_votes_saved_by_pandas_stand(picks):
+    """It gives each line every column, so each has an "undo" that is null."""
+    first, second = picks.add("x", [RED, BLUE]), picks.add("y", [RED, GREEN])
+    picks.vote(first.id, best=first.pictures[0])
+    picks.vote(second.id, best=second.pictures[1])
+    picks.undo()
+    before = picks.votes(), picks.groups()
+    for name in ("preferences.jsonl", "candidates.jsonl"):
+        file = picks.folder / name
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        every = {column: None for line in lines for column in line}
+        file.write_text("".join(json.dumps({**every, **line}) + "\n" for line in lines))
+    assert list(picks.votes()) == list(before[0]) == [first.id]
+    assert picks.groups() == before[1]
+    assert len(pairs(picks)) == 1
+
+
 def test_ties_and_skips_are_decided_and_say_nothing(picks):
     for verdict, colour in (("tie", BLUE), ("skip", GREEN)):
         picks.vote(picks.add("x", [RED, colour]).id, verdict=verdict)

@@ -57,6 +57,50 @@ def test_folders_of_chosen_and_rejected_pictures_pair_up_by_name(tmp_path):
     assert "no picture of this name in rejected/" in skipped.reason
 
 
+def test_pictures_of_one_name_pair_up_by_their_kinds_or_are_told(tmp_path):
+    for name in ("chosen/a.png", "chosen/b.png", "chosen/c.png", "chosen/c.jpg", "chosen/d.png"):
+        paint(tmp_path / name, "red")
+    paint(tmp_path / "chosen/a.jpg", "green")
+    for name in ("rejected/a.png", "rejected/a.jpg", "rejected/b.webp", "rejected/c.png"):
+        paint(tmp_path / name, "blue")
+    for name in ("rejected/d.webp", "rejected/d.bmp"):
+        paint(tmp_path / name, "blue")
+    dataset = read(tmp_path)
+    assert names(dataset) == [("a.jpg", "a.jpg"), ("a.png", "a.png"), ("b.png", "b.webp")] + [
+        ("c.png", "c.png")
+    ]
+    assert len(dataset.contents) == 4
+    told = {one.name: one.reason for one in dataset.report.skipped}
+    assert set(told) == {"chosen/c.jpg", "chosen/d.png", "rejected/d.bmp", "rejected/d.webp"}
+    assert "(chosen/c.jpg, chosen/c.png, rejected/c.png)" in told["chosen/c.jpg"]
+    assert "(rejected/d.bmp, rejected/d.webp)" in told["chosen/d.png"]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "cp1252"])
+def test_lines_as_windows_editors_save_them(pictures, encoding):
+    line = json.dumps({"prompt": "ein Vögelchen", "chosen": "a.png", "rejected": "b.png"})
+    text = f"{line}\r\n".replace("\\u00f6", "ö")
+    (pictures / "preferences.jsonl").write_bytes(text.encode(encoding))
+    dataset = read(pictures)
+    assert dataset.captions() == ["ein Vögelchen"]
+    assert bool(dataset.report.notes) == (encoding == "cp1252")
+
+
+def test_half_a_character_in_a_prompt_is_named_with_its_line(pictures):
+    write_lines(pictures, {"prompt": "a \ud83d", "chosen": "a.png", "rejected": "b.png"})
+    with pytest.raises(ValueError, match="preferences.jsonl:1: the prompt holds half a character"):
+        read(pictures)
+
+
+def test_a_prompt_of_several_lines_is_read_as_its_source_says(tmp_path):
+    for side, colour in (("chosen", "red"), ("rejected", "blue")):
+        paint(tmp_path / side / "a.png", colour)
+    (tmp_path / "rejected" / "a.txt").write_text("a cat\n\nasleep")
+    dataset = read_preferences([Source(tmp_path, lines="whole")], framing=FRAMING)
+    assert dataset.captions() == ["a cat\nasleep"]
+    assert "1 caption of several lines, read as one caption: a" in dataset.report.lines()
+
+
 def test_lines_name_prompt_chosen_and_rejected(pictures):
     write_lines(
         pictures,
@@ -100,6 +144,66 @@ def test_ties_skips_and_what_was_taken_back_teach_nothing(pictures):
     assert names(dataset) == [("a.png", "b.png")]
     assert (dataset.report.ties, dataset.report.passed) == (2, 1)
     assert "2 ties left out" in "\n".join(dataset.report.lines())
+
+
+@pytest.mark.parametrize("nothing", ["null", "NaN", '""'])
+def test_a_table_saved_by_pandas_keeps_every_pair(pictures, nothing):
+    """In such a file each line has every column: a null says nothing, and 7.0 is 7."""
+    columns = ("id", "prompt", "caption", "chosen", "rejected", "tie", "skip", "undo", "weight")
+    columns += ("jpg_0", "jpg_1", "label_0", "has_label")
+    lines = [
+        {"prompt": "one", "chosen": "a.png", "rejected": "b.png"},
+        {"prompt": "two", "chosen": "b.png", "rejected": "a.png", "tie": False, "skip": 0.0},
+        {"caption": "three", "jpg_0": "a.png", "jpg_1": "c.png", "label_0": 0.0, "has_label": 1.0},
+        {"chosen": "c.png", "rejected": "b.png", "id": 7},
+        {"chosen": "a.png", "rejected": "c.png", "id": 8.0, "weight": 2},
+        {"tie": ["a.png", "b.png"], "id": 9},
+        {"tie": True},
+        {"skip": 1.0},
+        {"jpg_0": "a.png", "jpg_1": "c.png", "has_label": False},
+        {"undo": 7.0},
+        {"undo": 9},
+    ]
+    whole = [{name: line.get(name) for name in columns} for line in lines]
+    file = write_lines(pictures, *whole)
+    text = file.read_text()
+    if nothing == '""':  # the numbers of a line have no empty text
+        text = text.replace('"weight": null', '"weight": 1').replace('"label_0": null, ', "")
+    file.write_text(text.replace("null", nothing))
+    dataset = read(pictures)
+    assert names(dataset) == [
+        ("a.png", "b.png"),
+        ("b.png", "a.png"),
+        ("c.png", "a.png"),
+        ("a.png", "c.png"),
+    ]
+    assert [item.captions[0][0] for item in dataset.items] == ["one", "two", "three", ""]
+    assert [item.weight for item in dataset.items] == [1, 1, 1, 2]
+    assert (dataset.report.ties, dataset.report.passed) == (1, 2)
+    assert dataset.report.skipped == ()
+
+
+def test_pairs_of_one_id_are_all_kept_and_all_taken_back(pictures):
+    """As in a table whose ids are those of the prompts."""
+    one = {"id": "p1", "prompt": "x", "chosen": "a.png", "rejected": "b.png"}
+    lines = [one, {**one, "rejected": "c.png"}]
+    write_lines(pictures, *lines)
+    assert len(read(pictures).items) == 2
+    write_lines(pictures, *lines, {"undo": "p1"}, {**one, "chosen": "c.png"}, {"undo": "p2"})
+    dataset = read(pictures)
+    assert names(dataset) == [("c.png", "b.png")]
+    (skipped,) = dataset.report.skipped
+    assert skipped.name == "preferences.jsonl:5"
+    assert "takes back 'p2', which is the id of no line above" in skipped.reason
+
+
+def test_prompts_that_contradict_each_other_are_told(pictures):
+    line = {"prompt": "a cat", "chosen": "a.png", "rejected": "b.png"}
+    write_lines(pictures, {**line, "caption": "a dog"}, {**line, "text": "a cat "})
+    dataset = read(pictures)
+    assert dataset.captions() == ["a cat"]
+    note = "preferences.jsonl: 1 line with something else in caption: prompt is read"
+    assert note in dataset.report.lines()
 
 
 def test_both_pictures_of_a_pair_are_cut_alike(tmp_path):
@@ -168,6 +272,14 @@ def test_a_broken_picture_costs_its_pair_only(pictures):
         ('{"caption": "x", "jpg_0": "a.png", "jpg_1": "b.png", "label_0": 2}', "label_0 is 2"),
         ('{"prompt": "x", "chosen": "a.png", "rejected": "b.png", "weight": -1}', "weight is -1"),
         ("[1, 2]", "expected an object"),
+        ("null", "expected an object"),
+        ('{"id": ["x"], "prompt": "x", "chosen": "a.png", "rejected": "b.png"}', "id is"),
+        ('{"undo": 1.5}', "undo is 1.5; expected a text or a whole number"),
+        ('{"tie": "a.png"}', "tie is 'a.png'; expected true or false"),
+        ('{"has_label": "no", "skip": null}', "has_label is 'no'"),
+        ('{"caption": ["x"], "chosen": "a.png", "rejected": "b.png"}', r"caption is \['x'\]"),
+        ('{"prompt": "x", "jpg_0": "a.png", "jpg_1": "b.png", "label_0": "1"}', "label_0 is '1'"),
+        ('{"prompt": "x", "chosen": "a.png", "rejected": "b.png", "weight": ""}', "weight is ''"),
     ],
 )
 def test_a_line_that_cannot_be_followed_is_named(pictures, line, message):

@@ -35,13 +35,13 @@ def config(given, request):
 
 @pytest.fixture
 def seen(monkeypatch):
-    """For each pass of a run: which samples are prior ones, their losses, and what they would be
+    """For each part of a batch: which samples are prior ones, their losses, and what they would be
     if the network's own answers were asked from the start."""
     passes = []
-    loss = FlowTask.loss
+    part = FlowTask.part
 
     def watched(task, step, rows, size):
-        losses = loss(task, step, rows, size)
+        losses = part(task, step, rows, size)
         batch = task.batches.samples(step, rows, size)
         question = task.objective.ask(batch.x0, batch.noise, task.objective.draw(batch.u))
         with torch.no_grad():
@@ -53,7 +53,7 @@ def seen(monkeypatch):
         passes.append((batch.prior, losses.each.detach(), drift))
         return losses
 
-    monkeypatch.setattr(FlowTask, "loss", watched)
+    monkeypatch.setattr(FlowTask, "part", watched)
     return passes
 
 
@@ -110,14 +110,15 @@ def watching(loss, tasks):
 def drift_of(task: FlowTask) -> float:
     """Mean square by which the LoRA has moved the answers for prior samples."""
     total = 0.0
-    for step in range(20):
-        batch = task.batches.samples(1000 + step, range(4), 4)
-        if not batch.prior.any():
-            continue
-        question = task.objective.ask(batch.x0, batch.noise, task.objective.draw(batch.u))
-        asked = task.as_before(question, batch)
-        each = asked.loss(task.network(batch.conditioning))
-        total += float(each[batch.prior].sum())
+    for step in range(1000, 1020):
+        for part in task.batches.parts(step, range(4), 4):
+            batch = task.batches.samples(step, part, 4)
+            if not batch.prior.any():
+                continue
+            question = task.objective.ask(batch.x0, batch.noise, task.objective.draw(batch.u))
+            asked = task.as_before(question, batch)
+            each = asked.loss(task.network(batch.conditioning))
+            total += float(each[batch.prior].sum())
     return total
 
 

@@ -8,6 +8,7 @@ from sample_pictures import save_texture
 from sd3_pack.sd3_core.checkpoints.layouts import find_components
 from sd3_pack.sd3_core.checkpoints.load import load_clip, load_t5, load_vae
 from sd3_pack.sd3_core.settings import Files
+from sd3_pack.sd3_core.speed import streaming
 from sd3_pack.sd3_core.text.encoders import TextEncoders
 from sd3_pack.sd3_core.text.vocabularies import find_tokenizers
 from sd3_pack.sd3_core.training import stages
@@ -22,7 +23,7 @@ from sd3_pack.sd3_core.training.stages import (
 from tiny import write_tiny_checkpoint
 from tiny_tokenizers import write_tiny_tokenizers
 
-CPU = Machine(torch.device("cpu"), torch.float32, torch.float32)
+CPU = Machine(torch.device("cpu"), torch.float32)
 LONG = "a red circle of the photo " * 8
 
 
@@ -132,19 +133,44 @@ def test_another_t5_length_leaves_clip_alone(tmp_path, model, dataset):
 
 
 def test_the_dtype_is_part_of_the_key(tmp_path, model, dataset):
+    """CLIPs compute in float32 whatever the others do."""
     make(tmp_path, model).prepare(dataset)
-    half = Machine(torch.device("cpu"), torch.bfloat16, torch.float32)
+    half = Machine(torch.device("cpu"), torch.bfloat16)
     again = model_cache(tmp_path, Files(checkpoint=model), half, storage=torch.float32).prepare(
         dataset
     )
-    assert again.captions == {"clip_l": 3, "clip_g": 3, "t5": 0}
+    assert again.captions == {"clip_l": 0, "clip_g": 0, "t5": 3}
+    assert again.pictures == 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_captions_of_a_streamed_t5_are_those_of_one_that_fits(
+    tmp_path, model, dataset, monkeypatch, dtype
+):
+    """Bit for bit, though several captions share a pass."""
+    said, machine = [], Machine(torch.device("cpu"), dtype)
+    captions = ("a red circle", "a photo (of the cat)", "")
+
+    def context(folder):
+        cache = model_cache(
+            folder, Files(checkpoint=model), machine, storage=torch.float32, say=said.append
+        )
+        cache.prepare(dataset)
+        return torch.cat([cache.conditioning(caption).conditioning.context for caption in captions])
+
+    whole = context(tmp_path / "whole")
+    monkeypatch.setattr(streaming, "fits", lambda part, dtype, device: False)
+    monkeypatch.setattr(streaming, "AT_ONCE", 2)
+    assert torch.equal(context(tmp_path / "streamed"), whole)
+    (note,) = said
+    assert "block by block" in note
 
 
 def test_networks_are_gone_when_prepare_returns(tmp_path, model, dataset, monkeypatch):
     import weakref
 
     seen = []
-    for name in ("load_vae", "load_clip", "load_t5"):
+    for name in ("load_vae", "load_clip", "load_t5_to_fit"):
         load = getattr(stages, name)
 
         def watched(*arguments, load=load, **options):

@@ -1,18 +1,25 @@
 """Whole runs on a tiny model: what is trained, what comes out, when a run goes on."""
 
 import json
+import os
 import re
+import shutil
 import sys
 from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
+from safetensors import safe_open
 from sd3_pack.sd3_core import lora
 from sd3_pack.sd3_core.checkpoints.header import read_header
+from sd3_pack.sd3_core.checkpoints.layouts import find_components
 from sd3_pack.sd3_core.checkpoints.load import load_mmdit
 from sd3_pack.sd3_core.checkpoints.lora_files import read_lora
-from sd3_pack.sd3_core.errors import CheckpointError
+from sd3_pack.sd3_core.checkpoints.save import export_checkpoint
+from sd3_pack.sd3_core.errors import CheckpointError, OutOfMemory
+from sd3_pack.sd3_core.training import stages
 from sd3_pack.sd3_core.training.flow import FlowTask
 from sd3_pack.sd3_core.training.folders import Source
 from sd3_pack.sd3_core.training.run import RunRefused
@@ -352,6 +359,44 @@ def test_the_same_run_may_divide_its_batch_otherwise_and_move(config, tmp_path):
         train(replace(config, batch_size=3))
 
 
+def test_a_step_of_several_buckets_costs_the_same_however_it_is_divided(config):
+    """Seven pictures of three sizes, in batches of 4: two steps an epoch, and one draw more."""
+    notes = []
+    config = replace(config, batch_size=4, steps=5, validate_every=0)
+    train(config, on_note=notes.append)
+    divided = replace(config, run_name=config.run_name + " 2", batch_size=1, accumulation=4)
+    train(divided)
+    assert losses(divided) == pytest.approx(losses(config), rel=1e-4)
+    assert any(
+        "4 samples each: 2.5 epochs in all; an epoch's last step is filled up with 1 draw more"
+        in note
+        for note in notes
+    )
+
+
+def test_a_run_whose_pictures_came_in_another_order_before_is_refused_in_words(config, tmp_path):
+    """As an earlier version wrote it: it kept each step to one bucket."""
+
+    def written_before(config):
+        path = config.output / "sd3" / config.run_name / "config.json"
+        known = json.loads(path.read_text())
+        known["identity"].pop("order of the pictures", None)
+        path.write_text(json.dumps(known))
+
+    for name, data, batch_size in (
+        ("fills", config.data, 1),
+        ("one bucket", (Source(write_pictures(tmp_path / "square", 2)),), 3),
+    ):
+        same = replace(config, run_name=f"{name} of before", data=data, batch_size=batch_size)
+        train(replace(same, steps=1))
+        written_before(same)
+        train(replace(same, steps=2))
+    train(replace(config, steps=1))
+    written_before(config)
+    with pytest.raises(RunRefused, match="order of the pictures: null -> .*filled each one up"):
+        train(replace(config, steps=2))
+
+
 # Refusals
 
 
@@ -359,8 +404,12 @@ def test_a_run_that_cannot_fit_is_refused_with_advice(config, monkeypatch):
     from sd3_pack.sd3_core.training import trainer
 
     monkeypatch.setattr(trainer, "free_memory", lambda device: 1000.0)
-    with pytest.raises(ValueError, match="gradient_checkpointing = true.*check_memory = false"):
-        train(config)
+    for asked in (config, replace(scratch(config), run_name="new"), replace(config, ema=0.9)):
+        with monkeypatch.context() as nothing_encoded:
+            nothing_encoded.setattr(trainer, "encode_all", None)
+            nothing_encoded.setattr(trainer, "encode_samples", None)
+            with pytest.raises(ValueError, match="gradient_checkpointing.*check_memory = false"):
+                train(asked)
     train(replace(config, check_memory=False))
 
 
@@ -372,6 +421,35 @@ def test_a_run_whose_states_do_not_fit_on_the_disk_is_refused(config, monkeypatc
         CheckpointError, match=r"bytes will be written there and 1,000,000 are free"
     ):
         train(replace(config, rank=64, ema=0.9))
+
+
+def test_what_is_free_is_looked_at_again_when_the_network_is_there(config, monkeypatch):
+    """Another program may take the memory while pictures are encoded."""
+    from sd3_pack.sd3_core.training import trainer
+
+    free = iter((2.0**40, 1000.0))
+    monkeypatch.setattr(trainer, "free_memory", lambda device: next(free))
+    with pytest.raises(ValueError, match="check_memory = false"):
+        train(config)
+    assert next(free, None) is None
+
+
+def test_full_memory_saves_the_steps_before_it_and_names_settings(config, monkeypatch):
+    plainly = FlowTask.loss
+
+    def hungry(task, step, rows, size):
+        if step == 1:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return plainly(task, step, rows, size)
+
+    monkeypatch.setattr(FlowTask, "loss", hungry)
+    notes = []
+    with pytest.raises(OutOfMemory, match="while training. Try gradient_checkpointing = true"):
+        train(config, on_note=notes.append)
+    assert any("stopped after step 1" in note and "saved" in note for note in notes)
+    monkeypatch.undo()
+    train(replace(config, gradient_checkpointing=True), on_note=notes.append)
+    assert any("goes on from step 1" in note for note in notes)
 
 
 @pytest.mark.parametrize(
@@ -406,7 +484,7 @@ def test_what_cannot_work_is_refused(config, change, message):
 def test_it_is_refused_before_anything_is_encoded(config, change, message, monkeypatch):
     from sd3_pack.sd3_core.training import trainer
 
-    monkeypatch.setattr(trainer, "prepared", None)
+    monkeypatch.setattr(trainer, "encode_all", None)
     monkeypatch.setitem(sys.modules, "prodigyopt", None)
     with pytest.raises(ValueError, match=message):
         train(replace(config, **change))
@@ -482,3 +560,116 @@ def test_a_lora_may_be_taught_on_a_network_that_the_host_has_changed(config):
     assert json.loads(told) == ["style.safetensors (0123) x 0.8"]
     with pytest.raises(RunRefused, match="changes of the network"):
         train(replace(config, steps=6))
+
+
+# Names that are no text
+
+
+def test_a_name_that_is_not_utf8_is_trained_on_like_any_other(config, tmp_path):
+    """Of an old zip: in the run's records, its product and its sentences."""
+    odd = tmp_path / os.fsdecode(b"caf\xe9")
+    try:
+        write_pictures(odd, 3)
+    except OSError as error:
+        pytest.skip(f"this file system has no such names ({error})")
+    (odd / "0.png").rename(odd / os.fsdecode(b"na\xefve.png"))
+    held = write_pictures(tmp_path / os.fsdecode(b"\xe9cart\xe9"), 1)
+    odd_model = tmp_path / os.fsdecode(b"mod\xe8le.safetensors")
+    shutil.copy(config.checkpoint, odd_model)
+    told: list[str] = []
+    given = replace(
+        config,
+        checkpoint=odd_model,
+        data=(Source(odd),),
+        validation_data=(Source(held),),
+        validate_every=2,
+        sample_every=4,
+        sample_prompts=("a red circle",),
+    )
+    outcome = train(given, on_note=told.append)
+    assert any("na\udcefve.png" in line for line in told)  # without its caption
+    header = outcome.product.read_bytes()
+    length = int.from_bytes(header[:8], "little")
+    metadata = json.loads(header[8 : 8 + length].decode())["__metadata__"]
+    "".join(metadata.values()).encode()  # readers in other languages refuse halves of characters
+    assert metadata["ss_sd_model_name"] == "mod\\xe8le.safetensors"
+    assert json.loads(metadata["sd3_workbench.training"])["data"][0]["path"] == odd.name
+    with safe_open(outcome.product, "pt") as file:
+        assert file.metadata() == metadata
+    assert train(given).step == 4  # known again
+    (odd / os.fsdecode(b"na\xefve.txt")).write_text("a red circle")
+    with pytest.raises(RunRefused, match="captions changed: na\udcefve.png"):
+        train(given)
+
+
+def test_half_a_character_in_a_caption_is_named_before_anything_is_encoded(config, tmp_path):
+    folder = write_pictures(tmp_path / "pictures", 1)
+    (folder / "metadata.jsonl").write_text('{"file_name": "0.png", "text": "a \\ud83d cat"}')
+    with pytest.raises(ValueError, match=r"metadata.jsonl:1: text holds half a character"):
+        train(replace(config, data=(Source(folder),)))
+
+
+# Refused before anything is encoded
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"resolution": 2048}, r"resolution is 2048, .* ends at (\d+) pixels .*resolution = \1\."),
+        ({"resolution": 2048, "method": "scratch"}, "or position_size = 128"),
+        ({"bucket_step": 5}, r"its bucket is \d+x\d+, .*multiples of 8 .*; bucket_step is 5"),
+        ({"lora_kinds": ("attn2",)}, r"lora_kinds is \['attn2'\]"),
+        ({"lora_blocks": (9,)}, "lora_blocks is"),
+        ({"qk_norm": False}, "qk_norm is false, but the model has it"),
+        ({"sample_every": 2, "sample_prompts": ("(x:inf)",)}, "weight inf of"),
+        ({"use": ("t5",), "t5": None, "checkpoint": "no t5"}, "no text encoder takes part"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_encoded(
+    given, tmp_path, monkeypatch, changes, message
+):
+    def encode(*_, **__):
+        raise AssertionError("something is encoded")
+
+    monkeypatch.setattr(stages, "load_vae", encode)
+    monkeypatch.setattr(stages, "load_clip", encode)
+    monkeypatch.setattr(stages, "load_t5", encode)
+    if changes.get("checkpoint") == "no t5":
+        path = tmp_path / "clips.safetensors"
+        parts = find_components(given.checkpoint)
+        export_checkpoint(path, {k: v for k, v in parts.items() if k != "t5"}, {}, {})
+        changes = {**changes, "checkpoint": path}
+    if changes.get("method") == "scratch":
+        given = scratch(given)
+    config = replace(given, output=tmp_path / "output", run_name="refused", **changes)
+    with pytest.raises(ValueError, match=message):
+        train(config)
+
+
+def test_a_picture_wider_than_the_position_table_is_named_with_the_setting(given, tmp_path):
+    """Its square fits; what a panorama becomes does not."""
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    Image.new("RGB", (800, 100), "red").save(pictures / "wide.png")
+    most = 8 * 2 * 8  # pixels of a table of 8 patches a side
+    config = replace(
+        scratch(given), output=tmp_path, data=(Source(pictures),), resolution=most, widest=8.0
+    )
+    with pytest.raises(ValueError, match=r"wide.png: its bucket is \d+x\d+, .* set widest = 1 or"):
+        train(config)
+    assert train(replace(config, widest=1.0, steps=1)).step == 1
+
+
+def test_sample_pictures_take_any_resolution_that_training_takes(config):
+    """Not a multiple of the VAE's 8: pictures go to buckets, samples to the next smaller square."""
+    outcome = train(
+        replace(config, resolution=70, sample_every=4, sample_prompts=("x",), sample_steps=1)
+    )
+    assert Image.open(outcome.folder / "samples" / "step-000004-1.png").size == (64, 64)
+
+
+def test_validation_on_what_is_learnt_from_is_refused(config):
+    (source,) = config.data
+    same = Source(source.path / ".." / source.path.name, repeats=2)
+    with pytest.raises(ValueError, match="is learnt from, and given as validation"):
+        train(replace(config, validation_data=(same,), validate_every=2))
