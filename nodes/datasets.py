@@ -6,8 +6,8 @@ in one that is registered as `datasets`.
 
 import hashlib
 import os
-import tempfile
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +19,8 @@ from comfy_api.latest import io
 from PIL import Image
 from torch import Tensor
 
+from ..sd3_core.checkpoints.save import sweep, temporary_name
+from ..sd3_core.errors import cut, quoted
 from ..sd3_core.plain_text import check_whole
 from ..sd3_core.training.folders import LINES, Listing, Source, lines_of, list_pictures
 from ..sd3_core.training.preferences import CHOSEN, REJECTED, PairListing, list_pairs
@@ -53,31 +55,65 @@ def data_roots() -> list[Path]:
     return [Path(root).absolute() for root in (*own, *registered)]
 
 
+def is_inside(path: Path) -> bool:
+    """Whether it lies below one of the roots, which may be links themselves."""
+    roots = data_roots()
+    places = {*roots, *(root.resolve() for root in roots)}
+    return path not in places and not places.isdisjoint(path.parents)
+
+
 def find_data(name: str) -> Path:
-    """The folder (or .jsonl file) of this name below one of the roots.  Raises NodeError."""
+    """The folder (or .jsonl file) of this name below one of the roots.  Raises NodeError, also for
+    a folder in which a link leads out of them."""
     wanted = name.strip().replace("\\", "/")
     roots = data_roots()
-    places = {*roots, *(root.resolve() for root in roots)}  # a root may be a link itself
-
-    def is_inside(path: Path) -> bool:
-        return path not in places and not places.isdisjoint(path.parents)
-
+    found = None
     for root in roots if wanted else ():
         # An absolute name stays what it is.  As text first: to look at //host/share asks that host.
         path = Path(os.path.normpath(root / wanted))
         with suppress(OSError, ValueError):  # a name that no file can have
             if is_inside(path) and is_inside(path := path.resolve()) and is_data(path):
-                return path
+                found = path
+                break
+    if found is not None:
+        check_links(found, files_in(found) if found.is_dir() else ())
+        return found
     known = ", ".join(str(root) for root in roots)
     raise NodeError(
         "missing_file",
-        f"folder is {name!r}; there is no such folder in {known}. Copy the pictures there, or "
-        "register their place as `datasets` in extra_model_paths.yaml.",
+        f"folder is {quoted(name)}; there is no such folder in {known}. Copy the pictures there, "
+        "or register their place as `datasets` in extra_model_paths.yaml.",
     )
 
 
 def is_data(path: Path) -> bool:
     return path.is_dir() or (path.suffix == ".jsonl" and path.is_file())
+
+
+def files_in(folder: Path) -> Iterator[Path]:
+    """Every folder and every link below, links followed, circles not."""
+    seen = set()
+    for place, inner, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            inner.clear()
+            continue
+        seen.add(real)
+        paths = (Path(place, name) for name in names)
+        yield from (path for path in paths if path.is_symlink())
+        yield Path(place)  # a folder may be a junction, which is_symlink does not tell
+
+
+def check_links(folder: Path, paths: Iterable[Path]) -> None:
+    """Raises NodeError where one of these paths leads out of the roots."""
+    for path in paths:
+        if not is_inside(path.resolve()):
+            shown = path.relative_to(folder).as_posix()
+            raise NodeError(
+                "missing_file",
+                f"{folder.name}: {cut(shown)} in it is a link to a place outside of ComfyUI's "
+                "input and output folders. Copy what it names, or register its place as `datasets` "
+                "in extra_model_paths.yaml.",
+            )
 
 
 def data_fingerprint(name: str) -> str:
@@ -165,8 +201,9 @@ def keep_pictures(images: Mapping[str, Tensor], captions: Sequence[str]) -> Path
     if folder.exists():
         return folder
     home.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=home) as making:
-        whole = Path(making) / digest
+    sweep(home)
+    whole = home / temporary_name(digest)
+    try:
         for side, batch in levels.items():
             place = whole / side
             place.mkdir(parents=True)
@@ -174,6 +211,8 @@ def keep_pictures(images: Mapping[str, Tensor], captions: Sequence[str]) -> Path
                 Image.fromarray(pixels).save(place / f"{number:05}.png", compress_level=1)
                 (place / f"{number:05}.txt").write_text(caption, encoding="utf-8")
         whole.rename(folder)
+    finally:
+        shutil.rmtree(whole, ignore_errors=True)
     return folder
 
 
@@ -206,7 +245,8 @@ def keep_pairs(chosen: Tensor | None, rejected: Tensor | None, captions: str) ->
             "empty: name a folder of pairs, or connect as many of each.",
         )
     sides = {CHOSEN: chosen, REJECTED: rejected}
-    return keep_pictures(sides, caption_of_each(captions, len(chosen)))
+    with coded("bad_file"):
+        return keep_pictures(sides, caption_of_each(captions, len(chosen)))
 
 
 # Nodes
@@ -321,7 +361,8 @@ class SD3TrainingImages(io.ComfyNode):
         if images is None:
             path = find_data(folder)
         else:
-            path = keep_pictures({"": images}, caption_of_each(captions, len(images)))
+            with coded("bad_file"):
+                path = keep_pictures({"": images}, caption_of_each(captions, len(images)))
         with coded("bad_setting"):
             source = Source(path, repeats, lines=lines)
             listing = list_pictures(source)
@@ -417,13 +458,17 @@ class SD3Preferences(io.ComfyNode):
         if folder.strip() and (chosen is not None or rejected is not None):
             raise NodeError(
                 "bad_setting",
-                f"folder is {folder!r} and pictures are connected, too: leave folder empty to take "
-                "them, or remove the links of chosen and rejected.",
+                f"folder is {quoted(folder)} and pictures are connected, too: leave folder empty "
+                "to take them, or remove the links of chosen and rejected.",
             )
         path = find_data(folder) if folder.strip() else keep_pairs(chosen, rejected, captions)
         with coded("bad_setting"):
             source = Source(path, lines=lines)
             listing = list_pairs(source)
+        if path.is_file():  # what it names lies beside it, in a folder of anything
+            check_links(
+                path.parent, (one for pair in listing.pairs for one in (pair.chosen, pair.rejected))
+            )
         if not listing.pairs:
             raise NodeError(
                 "missing_file",

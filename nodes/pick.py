@@ -3,7 +3,6 @@
 Nothing waits: the node hands its pictures on and the votes come later, by the two addresses below.
 """
 
-import asyncio
 import io as streams
 import json
 from collections.abc import Callable, Sequence
@@ -21,10 +20,13 @@ from torch import Tensor
 
 from ..sd3_core.embedded.requests import parse
 from ..sd3_core.embedded.score import judge_pictures
+from ..sd3_core.errors import cut, quoted
+from ..sd3_core.reading import LARGEST_PICTURE, read_regular
 from ..sd3_core.training.picks import MOST, PICTURES, Group, PickRefused, Picks, different
 from ..sd3_core.training.run import named_folder
 from ._compat import advanced, schema
-from .errors import NodeError, coded
+from .errors import NodeError, coded, without_places
+from .threads import in_thread
 from .wires import CATEGORY, checked_images, loras_on, origin_of, report
 
 HOME = "sd3_picks"  # in ComfyUI's output folder
@@ -63,7 +65,7 @@ def state(picks: Picks, reveal: bool = False) -> dict[str, Any]:
         "decided": len(picks.votes()),
         "comparison": None if comparison is None or hidden else asdict(comparison),
         "hidden": hidden,
-        "problem": too_many(picks.arms()),
+        "problem": " ".join(filter(None, (too_many(picks.arms()), passed_over(picks)))),
         "subfolder": f"{HOME}/{picks.folder.name}/{PICTURES}",
     }
 
@@ -72,8 +74,18 @@ def too_many(arms: Sequence[str]) -> str:
     if len(arms) <= 2:
         return ""
     return (
-        f"This folder holds {len(arms)} labels ({', '.join(arms)}), and a comparison has two: "
+        f"This folder holds {len(arms)} labels ({cut(', '.join(arms))}), and a comparison has two: "
         "take another pick_name for each comparison."
+    )
+
+
+def passed_over(picks: Picks) -> str:
+    lines = picks.passed_over()
+    if not lines:
+        return ""
+    return (
+        f"{len(lines)} {'line' if len(lines) == 1 else 'lines'} of this folder's files cannot be "
+        f"used and {'is' if len(lines) == 1 else 'are'} passed over; the first: {lines[0]}."
     )
 
 
@@ -102,14 +114,14 @@ def cast_vote(picks: Picks, fields: dict[str, Any]) -> dict[str, Any]:
 
 
 async def answered(request: web.Request, work: Callable[[Picks], dict[str, Any]]) -> web.Response:
-    """The work's answer as JSON; 400 for a name that is none, 409 for a vote that is refused, 507
-    where the disk does not take it."""
+    """The work's answer as JSON; 400 for a name that is none, 409 for a vote that is refused, 503
+    where too many wait, 507 where the disk does not take it."""
     try:
         folder = pick_folder(request.match_info["name"])
     except ValueError as error:
-        return web.json_response({"error": str(error)}, status=400)
+        return web.json_response({"error": without_places(str(error))}, status=400)
     try:
-        return web.json_response(await asyncio.to_thread(work, Picks(folder)))
+        return web.json_response(await in_thread(work, Picks(folder)))
     except PickRefused as error:
         return web.json_response({"error": str(error)}, status=409)
     except OSError as error:
@@ -197,7 +209,7 @@ def add_candidates(
         )
     if arms[0] == arms[1]:
         raise NodeError(
-            "bad_setting", f"label_a and label_b are both {arms[0]!r}; name them apart."
+            "bad_setting", f"label_a and label_b are both {quoted(arms[0])}; name them apart."
         )
     pairs = zip(own, map(png, checked_images("images_b", rivals)), strict=True)
     each = models if models[0] != models[1] else ()
@@ -244,7 +256,8 @@ def let_checker_vote(picks: Picks, groups: Sequence[Group]) -> None:
 
 def stored(picks: Picks, name: str) -> Tensor:
     """A picture of the folder, [1, 3, H, W] in -1..1."""
-    with Image.open(picks.folder / PICTURES / name) as picture:
+    data = read_regular(picks.folder / PICTURES / name, LARGEST_PICTURE)
+    with Image.open(streams.BytesIO(data), formats=["PNG"]) as picture:
         size, data = picture.size, picture.convert("RGB").tobytes()
     pixels = torch.frombuffer(bytearray(data), dtype=torch.uint8).view(1, size[1], size[0], 3)
     return pixels.permute(0, 3, 1, 2).float() / 127.5 - 1
@@ -339,7 +352,7 @@ class SD3Pick(io.ComfyNode):
             if pick_name is not None:
                 pick_folder(pick_name)
         except ValueError as error:
-            return f"SD3:bad_setting: {error}"
+            return str(NodeError("bad_setting", str(error)))
         return True
 
     @classmethod

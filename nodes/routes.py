@@ -3,16 +3,19 @@
 So its curve follows the widgets before anything is run.  It only computes: no file, no state.
 """
 
-import asyncio
+import json
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from aiohttp import web
 from server import PromptServer
 
+from ..sd3_core.errors import cut
 from ..sd3_core.schedule import Schedule
 from .errors import coded
 from .sampling import schedule_report
+from .threads import in_thread
 
 ADDRESS = "/sd3_workbench/schedule"
 MOST_STEPS = 1000  # more are no curve to look at, and would keep the server busy
@@ -26,14 +29,15 @@ def asked_schedule(query: Mapping[str, str]) -> dict[str, Any]:
             raise ValueError(f"the query lacks {', '.join(sorted(missing))}.")
         steps, shift = int(query["steps"]), float(query["shift"])
         if steps > MOST_STEPS:
-            raise ValueError(f"steps is {steps}; up to {MOST_STEPS} are drawn before a run.")
+            raise ValueError(f"steps is {cut(steps)}; up to {MOST_STEPS} are drawn before a run.")
         sigmas = Schedule(shift).sigmas(steps, query["scheduler"], float(query["denoise"]))
     return schedule_report(shift, sigmas)
 
 
 async def answer(request: web.Request) -> web.Response:
     try:
-        return web.json_response(await asyncio.to_thread(asked_schedule, request.query))
+        told = await in_thread(asked_schedule, request.query)
+        return web.json_response(told, dumps=partial(json.dumps, allow_nan=False))
     except ValueError as error:  # NodeError is one
         return web.json_response({"error": str(error)}, status=400)
 

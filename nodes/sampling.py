@@ -21,6 +21,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
+from ..sd3_core.errors import quoted
 from ..sd3_core.guidance import SkipLayers, check_layers, note_on_cfg, skip_layer_guidance
 from ..sd3_core.noise import noise
 from ..sd3_core.presets import MEGAPIXEL
@@ -149,7 +150,8 @@ def schedule_report(shift: float, sigmas: Tensor) -> dict[str, Any]:
     return {
         "shift": shift,
         "sigmas": finite_list(sigmas, 1.0),
-        "log_snr": finite_list(log_snr(sigmas), MOST_LOG_SNR),
+        # In float32 some shifts put the first level a hair above 1, which has no logarithm.
+        "log_snr": finite_list(log_snr(sigmas.clamp(0, 1)), MOST_LOG_SNR),
     }
 
 
@@ -507,7 +509,7 @@ def prepare(
     """passage: of a run in parts.  Raises ValueError for settings that cannot be."""
     if sampler_name not in SAMPLERS:
         known = ", ".join((AUTO, *SAMPLERS))
-        raise ValueError(f"sampler_name is {sampler_name!r}; choose one of {known}.")
+        raise ValueError(f"sampler_name is {quoted(sampler_name)}; choose one of {known}.")
     shifted, shift, notes = with_shift_of(sigmas, model)
     shifted = shifted.clone()
     watch_runs(shifted)

@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..sd3_core.checkpoints.header import read_header
+from ..sd3_core.errors import quoted
 from ..sd3_core.guidance import note_on_cfg
 from ..sd3_core.measures import Trail
 from ..sd3_core.noise import noise
@@ -291,7 +292,7 @@ def layout_of(
 def axis_of(name: str, text: str) -> Axis:
     """name: a widget's.  Raises ValueError."""
     if name not in NAMES:
-        raise ValueError(f"the axis is {name!r}; choose one of {', '.join(NAMES)}.")
+        raise ValueError(f"the axis is {quoted(name)}; choose one of {', '.join(NAMES)}.")
     axis = read_axis(NAMES[name], text)
     if axis.name == "skip_scale":
         for value in axis.values:

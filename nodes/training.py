@@ -5,6 +5,7 @@ steps extend it; any other change is refused with the list of what differs.
 """
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,8 +20,9 @@ from torch import Tensor
 from ..sd3_core.checkpoints.header import read_header
 from ..sd3_core.checkpoints.lora_files import read_lora as read_adapters
 from ..sd3_core.checkpoints.lora_files import save_lora
-from ..sd3_core.checkpoints.save import save_tensors
+from ..sd3_core.checkpoints.save import save_tensors, temporary_name
 from ..sd3_core.checkpoints.tensors import read_tensors
+from ..sd3_core.errors import quoted
 from ..sd3_core.schedule import Schedule, Window
 from ..sd3_core.text.encoders import ENCODERS
 from ..sd3_core.training.config import (
@@ -38,7 +40,7 @@ from ..sd3_core.training.folders import check_held, list_pictures
 from ..sd3_core.training.loop import Outcome
 from ..sd3_core.training.objectives import RectifiedFlow
 from ..sd3_core.training.preferences import list_pairs
-from ..sd3_core.training.run import RunRefused, read_log, run_folder
+from ..sd3_core.training.run import RunRefused, is_usable_name, read_log, run_folder
 from ..sd3_core.training.trainer import train
 from ._compat import advanced, schema
 from .comfy_lora import find_patches
@@ -590,7 +592,7 @@ def run_fault(run_name: str) -> bool | str:
     try:
         run_folder(Path(folder_paths.get_output_directory()), run_name)
     except ValueError as error:
-        return f"SD3:bad_setting: {error}"
+        return str(NodeError("bad_setting", str(error)))
     return True
 
 
@@ -775,11 +777,8 @@ class SD3SaveLoRA(io.ComfyNode):
     def execute(
         cls, lora: Mapping[str, Tensor], filename_prefix: str, dialect: str, save_dtype: str
     ) -> io.NodeOutput:
-        folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-            filename_prefix, folder_paths.get_output_directory()
-        )
-        path = Path(folder) / f"{name}_{counter:05}_.safetensors"
-        plain = path.with_name(f".{path.name}.plain")
+        path, subfolder = save_place(filename_prefix)
+        plain = path.with_name(temporary_name(f"{path.name}.plain"))
         with coded("wrong_lora"), torch.inference_mode(False):
             try:
                 save_tensors(plain, {key: tensor.clone() for key, tensor in lora.items()})
@@ -795,6 +794,27 @@ class SD3SaveLoRA(io.ComfyNode):
             "layers": sum(len(part) for part in adapters.values()),
         }
         return io.NodeOutput(ui=report(contents))
+
+
+def save_place(prefix: str) -> tuple[Path, str]:
+    """The next file of this prefix below the output folder, and its folder there.  NodeError."""
+    reason = "a part of it is too long, or a name that Windows keeps for itself"
+    parts = [part for part in re.split(r"[/\\]", prefix) if part not in ("", ".")]
+    if parts and all(map(is_usable_name, parts)):
+        try:
+            folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
+                prefix, folder_paths.get_output_directory()
+            )
+            return Path(folder) / f"{name}_{counter:05}_.safetensors", subfolder
+        except OSError as error:  # it runs through a file, or may not be written
+            reason = error.strerror or "it cannot be made"
+        except Exception:  # ComfyUI's own, for a place outside
+            reason = "it leads out of the output folder"
+    raise NodeError(
+        "bad_setting",
+        f"filename_prefix is {quoted(prefix)}: {reason}. Name a place and the beginning of a file "
+        "name below the output folder, such as loras/sd3.",
+    )
 
 
 def graph_metadata(hidden: Any) -> dict[str, str]:

@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Sequence
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..sd3_core.plain_text import printable
+from ..sd3_core.reading import LARGEST_PICTURE, read_regular
 from ..sd3_core.training.cache import Progress as Encoded
 from ..sd3_core.training.curve import curve_image
 from ..sd3_core.training.dpo import NUMBERS, spoken
@@ -88,7 +90,8 @@ def sample_files(folder: Path) -> list[Path]:
 
 
 def opened(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
+    data = BytesIO(read_regular(path, LARGEST_PICTURE))
+    with Image.open(data, formats=["PNG"]) as picture:
         return picture.convert("RGB")
 
 

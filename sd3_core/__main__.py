@@ -6,13 +6,12 @@ import io
 import re
 import secrets
 import sys
-import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .errors import NumericalError, OutOfMemory
+from .errors import NumericalError, OutOfMemory, quoted
 
 if TYPE_CHECKING:
     from .settings import Files
@@ -153,6 +152,15 @@ def add_generate(command: argparse.ArgumentParser) -> None:
 def add_verify(command: argparse.ArgumentParser) -> None:
     command.set_defaults(run=run_verify)
     command.add_argument("picture", type=Path)
+    command.add_argument(
+        "--allow",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="also open what the picture names in this folder; may be given several times; without "
+        "it only files in the picture's own folder and in those of the files given below",
+    )
     add_files(command)
 
 
@@ -340,11 +348,16 @@ def run_generate(options: argparse.Namespace) -> int:
 def run_verify(options: argparse.Namespace) -> int:
     from .verify import verify
 
-    comparison = verify(options.picture, chosen_files(options), progress())
+    def on_files(files: list[Path]) -> None:
+        print("".join(f"opens {path}\n" for path in files), end="", file=sys.stderr)
+
+    comparison = verify(options.picture, chosen_files(options), progress(), options.allow, on_files)
     print(comparison.sentence())
     return 0 if comparison.equal else 1
 
 
+LARGEST_PICTURE = 4 * 2**20  # bytes of a PNG of a megapixel that cannot be pressed
+LARGEST_TABLE = 2**20
 GPU_PLAN = 570.0  # seconds, start and end of processes included
 
 
@@ -352,8 +365,11 @@ def run_bench(options: argparse.Namespace) -> int:
     import json
 
     from .bench import cases, ceilings, report, run
+    from .checkpoints.save import check_room, save_bytes
     from .precision import pick_device
 
+    for path in filter(None, (options.json, options.plot)):
+        check_room(path, LARGEST_TABLE)
     if options.plot:
         report.check_plot()
     chosen = cases.choose(options.cases, options.quick, options.size)
@@ -391,7 +407,7 @@ def run_bench(options: argparse.Namespace) -> int:
     print("\n".join(report.growth_lines(report.growths(outcomes))))
     if options.json:
         values = report.as_json_report(where, outcomes, limits)
-        options.json.write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        save_bytes(options.json, (json.dumps(values, indent=1) + "\n").encode())
     if options.plot:
         report.plot(options.plot, outcomes)
     behind = [sentence for outcome in outcomes for sentence in report.slower(outcome)]
@@ -455,6 +471,7 @@ def run_train(options: argparse.Namespace) -> int:
 def run_score(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
+    from .checkpoints.save import check_room
     from .embedded.drawing import Painter
     from .embedded.score import run_score as score
     from .settings import Settings
@@ -471,6 +488,8 @@ def run_score(options: argparse.Namespace) -> int:
         dtype=options.dtype,
         device=options.device,
     )
+    if options.json:
+        check_room(options.json, LARGEST_TABLE)
     painter = Painter(drawing_files(options), settings)
     with tqdm(unit="picture") as bar:
 
@@ -501,10 +520,10 @@ def run_tiny(options: argparse.Namespace) -> int:
     from .embedded.stages.make import BUDGETS, IN_ORDER, LOCAL, STAGES, Maker
 
     if options.budget not in BUDGETS:
-        raise ValueError(f"budget is {options.budget!r}; choose {' or '.join(BUDGETS)}.")
+        raise ValueError(f"budget is {quoted(options.budget)}; choose {' or '.join(BUDGETS)}.")
     stages = list(IN_ORDER) if options.stage == "all" else [options.stage]
     if not set(stages) <= set(STAGES):
-        raise ValueError(f"stage is {options.stage!r}; choose {', '.join(STAGES)} or all.")
+        raise ValueError(f"stage is {quoted(options.stage)}; choose {', '.join(STAGES)} or all.")
     if options.scenes_from < 0:
         raise ValueError(f"scenes-from is {options.scenes_from}; give a number from 0.")
     bar = TrainingBar()
@@ -632,6 +651,8 @@ def chosen_encoders(options: argparse.Namespace) -> tuple[str, ...]:
 
 def output_files(asked: Path | None, batch: int) -> list[Path]:
     """Where the pictures will lie.  Raises ValueError now when nothing could be written there."""
+    from .checkpoints.save import check_room
+
     if asked is None:
         taken = (re.fullmatch(r"sd3_(\d+)(-\d+)?\.png", path.name) for path in Path().iterdir())
         number = 1 + max((int(name[1]) for name in taken if name), default=0)
@@ -642,10 +663,7 @@ def output_files(asked: Path | None, batch: int) -> list[Path]:
         raise ValueError(f"{asked}: pictures are written as PNG; give a name that ends in .png.")
     if not asked.parent.is_dir():
         raise ValueError(f"{asked.parent}: there is no such folder to write {asked.name} into.")
-    try:
-        tempfile.TemporaryFile(dir=asked.parent).close()
-    except OSError as error:
-        raise ValueError(f"{asked}: cannot be written ({error.strerror or error}).") from error
+    check_room(asked, batch * LARGEST_PICTURE)
     if batch <= 1:
         return [asked]
     return [asked.with_stem(f"{asked.stem}-{index}") for index in range(1, batch + 1)]
@@ -657,7 +675,7 @@ def lora_strength(text: str) -> tuple[Path, float]:
     try:
         return (Path(path), float(strength)) if equals else (Path(text), 1.0)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give PATH or PATH=0.8") from error
+        raise argparse.ArgumentTypeError(f"{quoted(text)}: give PATH or PATH=0.8") from error
 
 
 def setting(text: str) -> tuple[str, object]:
@@ -668,11 +686,11 @@ def setting(text: str) -> tuple[str, object]:
 
     name, equals, value = text.partition("=")
     if not equals:
-        raise argparse.ArgumentTypeError(f"{text!r}: give NAME=VALUE, such as steps=2000")
+        raise argparse.ArgumentTypeError(f"{quoted(text)}: give NAME=VALUE, such as steps=2000")
     for read in (json.loads, lambda plain: read_toml(f"value = {plain}")["value"]):
         try:
             return name.strip(), read(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return name.strip(), value  # text without its quotes
 
@@ -682,7 +700,9 @@ def block_list(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.replace(" ", "").split(",") if part)
     except ValueError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: give block numbers such as 7,8,9") from error
+        raise argparse.ArgumentTypeError(
+            f"{quoted(text)}: give block numbers such as 7,8,9"
+        ) from error
 
 
 def progress():

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from io import BytesIO
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
@@ -10,6 +10,8 @@ from PIL import Image, ImageCms, ImageColor, ImageOps, UnidentifiedImageError
 # Only these are decoded, whatever the name says: a file named .png may be PostScript inside.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "TIFF", "GIF", "AVIF")
 EXTENSIONS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif", ".avif")
+BYTES = 16  # of memory for a pixel, at most, while a picture is decoded
+ROWS = 256  # whose levels are scaled at once
 RULES = 1  # raise it when the same file gives other pixels than before: caches follow it
 
 _PROFILE_MODES = {"RGB": "RGB", "GRAY": "L", "CMYK": "CMYK"}  # ICC's name of a colour space
@@ -55,10 +57,22 @@ def decode(data: bytes) -> Upright:
         raise ValueError(f"it cannot be decoded ({str(error) or type(error).__name__})") from error
 
 
-def _first_frame(data: bytes) -> Image.Image:
+def pixels_in(file: BinaryIO) -> int:
+    """How many pixels `decode` will make of a file, told from its beginning; 0 where none."""
+    try:
+        with Image.open(file, formats=_known()) as picture:
+            return picture.width * picture.height
+    except Exception:  # decode tells what is wrong
+        return 0
+
+
+def _known() -> list[str]:
     Image.init()
-    formats = [name for name in FORMATS if name in Image.OPEN]
-    with Image.open(BytesIO(data), formats=formats) as picture:
+    return [name for name in FORMATS if name in Image.OPEN]
+
+
+def _first_frame(data: bytes) -> Image.Image:
+    with Image.open(BytesIO(data), formats=_known()) as picture:
         picture.load()
         try:
             return ImageOps.exif_transpose(picture)
@@ -70,11 +84,15 @@ def _eight_bit(picture: Image.Image) -> Image.Image:
     """Grey levels of 16 bits, or floats in 0..1, scaled to 8; Pillow itself would clip them."""
     if picture.mode != "F" and not picture.mode.startswith("I"):
         return picture
-    levels = np.asarray(picture, dtype=np.float64)
+    levels = np.asarray(picture)
     top = 1 if picture.mode == "F" else 65535
     if not (levels.min() >= 0 and levels.max() <= top):  # so that NaN fails too
         raise Unusable(f"its levels lie outside 0..{top}, so their range is unknown")
-    scaled = Image.fromarray(np.round(levels * (255 / top)).astype(np.uint8))
+    eight = np.empty(levels.shape, np.uint8)
+    for row in range(0, len(levels), ROWS):
+        rows = slice(row, row + ROWS)
+        eight[rows] = np.round(levels[rows].astype(np.float64) * (255 / top))
+    scaled = Image.fromarray(eight)
     scaled.info = {key: value for key, value in picture.info.items() if key == "icc_profile"}
     return scaled
 
@@ -94,7 +112,8 @@ def _in_srgb(picture: Image.Image) -> Upright:
         picture = picture.convert("RGB")
     profile = picture.info.get("icc_profile")
     if not profile:
-        return Upright(picture.convert("RGB"), alpha)
+        # As it is where it is RGB: to convert it would make a copy, 4 bytes a pixel.
+        return Upright(picture if picture.mode == "RGB" else picture.convert("RGB"), alpha)
     try:
         return Upright(_from_profile(picture, profile), alpha)
     except (ImageCms.PyCMSError, ImportError, OSError, ValueError) as error:

@@ -32,6 +32,7 @@ from .models.vae import VAE, to_model_space, to_vae_space
 from .noise import FreshNoise, noise, noise_per_image
 from .pictures import read_image, read_mask, to_levels, to_uint8
 from .precision import CLIP_DTYPE, check_finite, dtype_name, processor_name
+from .reading import LARGEST_PICTURE, read_regular
 from .samplers import SAMPLERS, OnStep, Step
 from .schedule import ALWAYS, Schedule, add_noise
 from .settings import Files, Plan, Settings, chosen_paths, make_plan
@@ -426,7 +427,7 @@ def make_record(files: Files, plan: Plan) -> dict[str, Any]:
 
 
 def _digest(path: Path) -> str:
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
+    return hashlib.sha256(read_regular(path, LARGEST_PICTURE)).hexdigest()[:16]
 
 
 def _as_json(values: dict[str, Any]) -> dict[str, Any]:

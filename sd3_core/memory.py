@@ -1,7 +1,9 @@
 """How much memory a device has left, and what to say when it is full."""
 
+import ctypes
 import gc
 import os
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -81,3 +83,11 @@ def explained(stage: str, *advice: str) -> Iterator[None]:
             raise
         let_go(error)
         raise OutOfMemory(f"the memory is full while {stage}. Try {', '.join(advice)}.") from None
+
+
+def trim_heap() -> None:
+    """What is free in the heap goes back to the system; glibc keeps it in each thread's part."""
+    if sys.platform.startswith("linux"):
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)

@@ -13,6 +13,7 @@ from torch import Tensor
 from .checkpoints.save import save_bytes
 from .decode import Upright, decode
 from .plain_text import as_json
+from .reading import LARGEST_PICTURE, read_regular
 from .sizes import Fit
 
 SETTINGS_KEY = "sd3_workbench"  # the PNG text chunk
@@ -68,7 +69,7 @@ def read_mask(path: str | Path, fit: Fit) -> Tensor:
 
 def _read(path: str | Path) -> Upright:
     try:
-        return decode(Path(path).read_bytes())
+        return decode(read_regular(path, LARGEST_PICTURE))
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror or error}).") from error
     except ValueError as error:
@@ -90,7 +91,8 @@ def read_png(path: str | Path) -> tuple[np.ndarray, Any]:
     Raises ValueError when the file is no PNG or carries nothing of ours.
     """
     try:
-        with Image.open(path, formats=["PNG"]) as picture:
+        data = io.BytesIO(read_regular(path, LARGEST_PICTURE))
+        with Image.open(data, formats=["PNG"]) as picture:
             picture.load()
             text = picture.info.get(SETTINGS_KEY)
             pixels = np.asarray(picture.convert("RGB"))

@@ -10,7 +10,7 @@ import platform
 import torch
 from torch import Tensor
 
-from .errors import NumericalError
+from .errors import NumericalError, quoted
 
 # Of the CLIPs, on every device: in bfloat16 their states err by 0.5 %, and they are small.
 CLIP_DTYPE = torch.float32
@@ -31,7 +31,9 @@ def pick_device(wanted: str = "auto") -> torch.device:
         AssertionError,
         NotImplementedError,
     ) as error:  # torch's own words differ per back end
-        raise ValueError(f"device {wanted!r} cannot be used here ({error}). Try 'cpu'.") from error
+        raise ValueError(
+            f"device {quoted(wanted)} cannot be used here ({error}). Try 'cpu'."
+        ) from error
     return device
 
 
@@ -40,7 +42,7 @@ def pick_dtype(wanted: str, device: torch.device) -> torch.dtype:
     if wanted == "auto":
         return torch.bfloat16 if computes_bf16(device) else torch.float32
     if wanted not in DTYPES:
-        raise ValueError(f"dtype is {wanted!r}; choose auto, {', '.join(DTYPES)}.")
+        raise ValueError(f"dtype is {quoted(wanted)}; choose auto, {', '.join(DTYPES)}.")
     return DTYPES[wanted]
 
 

@@ -16,7 +16,10 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from .errors import cut, quoted
+
 TIMESTEPS = 1000  # the network's clock, and the number of levels in the discrete table
+LIMITS = (1e-4, 1e4)  # of a shift: beyond, float32 divides by zero
 MOST_STEPS = 1_000_000  # of a full schedule: far beyond use, small enough to build
 
 Time = TypeVar("Time", float, Tensor)
@@ -41,16 +44,16 @@ class Schedule:
     """Where the noise levels lie: a larger shift spends more of the time at high noise.
 
     shift: 3.0 for the released models at one megapixel, see `auto_shift`; 1.0 changes nothing.
-    Raises ValueError unless it is a positive number.
+    Raises ValueError unless it is a positive number within LIMITS.
     """
 
     shift: float = 3.0
 
     def __post_init__(self):
-        if not 0 < self.shift < math.inf:
+        if not LIMITS[0] <= self.shift <= LIMITS[1]:
             raise ValueError(
-                f"shift is {self.shift}; it must be a number above 0. "
-                "The released SD3 models use 3.0, and 1.0 means no shift."
+                f"shift is {cut(self.shift)}; it must be a number above 0, from {LIMITS[0]:g} to "
+                f"{LIMITS[1]:g}. The released SD3 models use 3.0, and 1.0 means no shift."
             )
 
     def sigma(self, t: Tensor) -> Tensor:
@@ -111,7 +114,9 @@ def check_run(steps: int, scheduler: str, denoise: float) -> None:
     if steps < 1:
         raise ValueError(f"steps is {steps}; a run takes at least 1. Try 28.")
     if scheduler not in SCHEDULERS:
-        raise ValueError(f"scheduler is {scheduler!r}; choose one of {', '.join(SCHEDULERS)}.")
+        raise ValueError(
+            f"scheduler is {quoted(scheduler)}; choose one of {', '.join(SCHEDULERS)}."
+        )
     if not 0 <= denoise <= 1:
         raise ValueError(
             f"denoise is {denoise}; it must lie between 0 (keep the latents) and 1 (start from "

@@ -13,7 +13,7 @@ from .checkpoints.family import model_preset
 from .checkpoints.layouts import SUPPLIERS, TITLES, Component, find_components
 from .checkpoints.load import component_of, read_config
 from .checkpoints.lora_files import LoRAFile, parts_that_fit, read_lora
-from .errors import CheckpointError
+from .errors import CheckpointError, cut, quoted
 from .guidance import SkipLayers, check_layers, note_on_cfg
 from .models.mmdit import MMDiTConfig
 from .models.vae import VAEConfig
@@ -313,7 +313,9 @@ def check(settings: Settings, parts: Mapping[str, Component], mmdit: MMDiTConfig
     if settings.batch < 1:
         raise ValueError(f"batch is {settings.batch}; it must be at least 1.")
     if settings.sampler not in SAMPLERS:
-        raise ValueError(f"sampler is {settings.sampler!r}; choose one of {', '.join(SAMPLERS)}.")
+        raise ValueError(
+            f"sampler is {quoted(settings.sampler)}; choose one of {', '.join(SAMPLERS)}."
+        )
     if settings.mask is not None and settings.init is None:
         raise ValueError("a mask needs a picture to keep: give --init too.")
     if settings.denoise < 1 and settings.init is None:
@@ -371,9 +373,9 @@ def _first(*choices: Any) -> Any:
 def _number(name: str, value: Any) -> float:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not abs(number) <= LARGEST:
         hint = " or auto" if name == "shift" else ""
-        raise ValueError(f"{name} is {value}; give a number{hint}, at most {LARGEST} in size.")
+        raise ValueError(f"{name} is {cut(value)}; give a number{hint}, at most {LARGEST} in size.")
     return number

@@ -1,18 +1,22 @@
 """Draw a picture again from the settings inside it, and say how far the two lie apart."""
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from .errors import cut, quoted
 from .generate import FORMAT, generate
 from .pictures import read_png
 from .samplers import OnStep
 from .settings import Files, Settings, chosen_paths
+from .text.encoders import ENCODERS
 
+PACK = Path(__file__).parent  # where the embedded model is
 # Settings that older records do not have, at what then held.
 LATER_SETTINGS: dict[str, Any] = {"step_cache": 0.0, "fp8": False}
 
@@ -37,29 +41,56 @@ class Comparison:
         )
 
 
-def verify(path: Path, given: Files | None = None, on_step: OnStep | None = None) -> Comparison:
+def verify(
+    path: Path,
+    given: Files | None = None,
+    on_step: OnStep | None = None,
+    allowed: Sequence[Path] = (),
+    on_files: Callable[[list[Path]], None] | None = None,
+) -> Comparison:
     """Render the picture at `path` again and compare.
 
-    given: files that lie elsewhere now; they win over those recorded.
-    Raises ValueError when the picture carries no settings or a file is gone, and all that
-    `generate` raises.
+    given: files that lie elsewhere now; they win over those recorded.  allowed: folders in which
+    recorded files may be opened, besides the picture's own, those of `given` and the pack's: a
+    picture may come from anybody, and its settings name what they like.  on_files: called with all
+    that will be opened before any of it is.
+    Raises ValueError when the picture carries no settings or a file is gone or elsewhere, and all
+    that `generate` raises.
     """
+    given = given or Files()
     then, stored = read_png(path)
     record = read_record(stored, path)
-    files = recorded_files(record, path, given or Files())
-    again = generate(files, recorded_settings(record, path), on_step)
+    own = (*chosen_paths(given).values(), *(lora for lora, _ in given.loras))
+    places = [
+        path.parent,
+        PACK,
+        *allowed,
+        *(file if file.is_dir() else file.parent for file in own),
+    ]
+    files = recorded_files(record, path, given, places)
+    settings = recorded_settings(record, path, places)
+    check_size(path, then.shape, (settings.height, settings.width))
+    if on_files is not None:
+        inputs = [file for file in (settings.init, settings.mask) if file is not None]
+        on_files([*chosen_paths(files).values(), *(lora for lora, _ in files.loras), *inputs])
+    again = generate(files, settings, on_step)
     now = again.pixels[record.index].numpy()
-    if then.shape != now.shape:
-        raise ValueError(
-            f"{path}: is {then.shape[1]} x {then.shape[0]} pixels, its settings draw "
-            f"{now.shape[1]} x {now.shape[0]}: it was scaled or cut after it was made."
-        )
+    check_size(path, then.shape, now.shape)
     distance = np.abs(then.astype(np.int16) - now.astype(np.int16))
     return Comparison(
         largest=int(distance.max()),
         mean=float(distance.mean()),
         differences=tuple(differences(record, again.record)),
     )
+
+
+def check_size(path: Path, then: Sequence[int], drawn: Sequence[Any]) -> None:
+    """Raises ValueError unless the picture has the height and width that its settings draw."""
+    if tuple(then[:2]) != tuple(drawn[:2]):
+        raise ValueError(
+            f"{path}: is {then[1]} x {then[0]} pixels, its settings draw "
+            f"{cut(drawn[1])} x {cut(drawn[0])}: it was scaled or cut after it was made."
+        )
 
 
 @dataclass(frozen=True)
@@ -95,8 +126,12 @@ def read_record(stored: Any, picture: Path) -> Record:
             raise ValueError(f"unknown {sorted(unknown)} or a wrong index")
         for field in fields(Settings):
             check_type(field.name, str(field.type), record.settings[field.name])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"{picture}: its settings are damaged ({error!r}).") from error
+        if not set(record.settings["use"]) <= set(ENCODERS):
+            raise ValueError(f"use is {record.settings['use']}")
+        if not all(type(layer) is int for layer in record.settings["skip_layers"] or ()):
+            raise ValueError(f"skip_layers is {record.settings['skip_layers']}")
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{picture}: its settings are damaged ({quoted(error)}).") from error
     return record
 
 
@@ -112,41 +147,69 @@ def check_type(name: str, annotation: str, value: Any) -> None:
         type(None): {"None"},
     }
     if not suits.get(type(value), set()) & words:
-        raise TypeError(f"{name} is {value!r}")
+        raise TypeError(f"{name} is {quoted(value)}")
+    if isinstance(value, int | float):
+        float(value)  # OverflowError for what no setting can be
 
 
-def recorded_settings(record: Record, picture: Path) -> Settings:
+def recorded_settings(record: Record, picture: Path, places: Sequence[Path]) -> Settings:
     stored = dict(record.settings)
     for name in ("init", "mask"):
         if stored[name] is not None:
-            stored[name] = find_file(stored[name], picture, name)
+            stored[name] = find_file(stored[name], picture, name, places)
     for name in ("use", "skip_layers"):
         if stored[name] is not None:
             stored[name] = tuple(stored[name])
     return Settings(**stored)
 
 
-def recorded_files(record: Record, picture: Path, given: Files) -> Files:
+def recorded_files(record: Record, picture: Path, given: Files, places: Sequence[Path]) -> Files:
     """The files of the record, and over them those given."""
     chosen: dict[str, Any] = {
-        name: find_file(stored, picture, name)
+        name: find_file(stored, picture, name, places)
         for name, stored in record.files.items()
         if getattr(given, name, None) is None and name in {field.name for field in fields(Files)}
     }
-    loras = tuple((find_file(path, picture, "lora"), strength) for path, strength in record.loras)
-    return Files(**chosen, **chosen_paths(given), loras=given.loras or loras)
-
-
-def find_file(stored: str, picture: Path, name: str) -> Path:
-    """Where it was, else beside the picture."""
-    places = [Path(stored), picture.parent / Path(stored).name]
-    for place in places:
-        if place.exists():
-            return place
-    raise ValueError(
-        f"{picture}: was made with the {name} file {stored}, which is neither there nor beside the "
-        f"picture. Name its place: --{name.replace('_', '-')} FILE."
+    loras = given.loras or tuple(
+        (find_file(path, picture, "lora", places), strength) for path, strength in record.loras
     )
+    return Files(**chosen, **chosen_paths(given), loras=loras)
+
+
+def find_file(stored: str, picture: Path, name: str, places: Sequence[Path]) -> Path:
+    """Where it was, if that is in one of the places; else beside the picture."""
+    beside = picture.parent / re.split(r"[/\\]", stored)[-1]
+    try:
+        # As text first: a look at //host/share would already ask that host.
+        inside = is_inside(stored, places)
+        for place in (Path(stored), beside) if inside else (beside,):
+            if place.exists() and place != picture.parent:
+                return place
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise ValueError(f"{picture}: names the {name} file {quoted(stored)}.") from error
+    flag = f"--{name.replace('_', '-')} FILE"
+    if inside:
+        raise ValueError(
+            f"{picture}: was made with the {name} file {cut(stored)}, which is neither there nor "
+            f"beside the picture. Name its place: {flag}."
+        )
+    raise ValueError(
+        f"{picture}: names the {name} file {cut(stored)}, which is not opened, as it lies outside "
+        f"of the picture's folder. Name the file yourself ({flag}), or a folder in which recorded "
+        "files may be opened (--allow FOLDER)."
+    )
+
+
+def is_inside(stored: str, places: Sequence[Path]) -> bool:
+    """Whether a recorded path leads into one of the places, told without looking at the disk."""
+    foreign = stored.startswith(("//", "\\\\"))  # a host, or Windows' device names
+    path = Path(os.path.normpath(Path(stored) if foreign else Path(stored).absolute()))
+    for place in places:
+        own = str(place).startswith(("//", "\\\\"))
+        whole = Path(os.path.normpath(place.absolute()))
+        if own == foreign and (whole == path or whole in path.parents):
+            return True
+    return False
 
 
 def differences(then: Record, now: Mapping[str, Any]) -> list[str]:

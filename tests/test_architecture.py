@@ -15,7 +15,7 @@ PACK = Path(__file__).parent.parent
 
 # From the bottom up: a module may import its own layer and those before it, never a later one.
 LAYERS = (
-    ("sd3_core.errors", "sd3_core.plain_text"),
+    ("sd3_core.errors", "sd3_core.plain_text", "sd3_core.reading"),
     ("sd3_core.models",),
     (
         "sd3_core.conditioning",

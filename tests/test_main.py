@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -56,6 +57,11 @@ def test_one_command_turns_a_prompt_into_a_picture(model, tmp_path):
     assert done.returncode == 0, done.stderr
     assert str(tmp_path / "out.png") in done.stdout
     assert Image.open(tmp_path / "out.png").size == (64, 48)
+
+
+def again(picture: Path, model: Path) -> int:
+    """The exit status of verify for somebody who trusts the model's folder."""
+    return main(["verify", str(picture), "--allow", str(model.parent)])
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252"])
@@ -114,8 +120,10 @@ def test_half_a_character_in_a_prompt_is_one_sentence(model, tmp_path, capsys):
 def test_a_picture_is_verified_bit_for_bit(model, tmp_path, capsys):
     picture = tmp_path / "out.png"
     assert draw(model, picture, "--seed", "5", "--batch", "2", "--negative", "grün ✓") == 0
-    assert main(["verify", str(tmp_path / "out-2.png")]) == 0
-    assert "bit-equal" in capsys.readouterr().out
+    assert again(tmp_path / "out-2.png", model) == 0
+    told = capsys.readouterr()
+    assert "bit-equal" in told.out
+    assert f"opens {model.as_posix()}\n" in told.err
 
 
 def test_a_picture_drawn_with_the_step_cache_tells_and_verifies(model, tmp_path, capsys):
@@ -125,7 +133,7 @@ def test_a_picture_drawn_with_the_step_cache_tells_and_verifies(model, tmp_path,
     told = capsys.readouterr().out
     assert re.search(r"step cache \([1-4] of 6 evaluations left out\)", told)
     assert re.search(r"distance: 0\.\d{4} of the latents' size", told)
-    assert main(["verify", str(picture)]) == 0
+    assert again(picture, model) == 0
     assert draw(model, tmp_path / "plain.png", "--seed", "5", "--steps", "6") == 0
     assert "Not active: " in capsys.readouterr().out
     assert not (read_png(picture)[0] == read_png(tmp_path / "plain.png")[0]).all()
@@ -146,12 +154,12 @@ def test_a_picture_with_its_mask_verifies_at_its_own_size(model, tmp_path, capsy
     assert main(["verify", str(picture)]) == 0
 
 
-def test_a_picture_from_before_these_settings_verifies(drawn, tmp_path):
+def test_a_picture_from_before_these_settings_verifies(model, drawn, tmp_path):
     pixels, record = read_png(drawn)
     older = {k: v for k, v in record["settings"].items() if k not in LATER_SETTINGS}
     assert len(older) < len(record["settings"])
     save_png(torch.from_numpy(pixels.copy()), tmp_path / "old.png", record | {"settings": older})
-    assert main(["verify", str(tmp_path / "old.png")]) == 0
+    assert again(tmp_path / "old.png", model) == 0
 
 
 def test_a_changed_picture_is_measured(model, tmp_path, capsys):
@@ -161,7 +169,7 @@ def test_a_changed_picture_is_measured(model, tmp_path, capsys):
     pixels = pixels.copy()
     pixels[0, 0, 0] ^= 4
     save_png(torch.from_numpy(pixels), picture, record)
-    assert main(["verify", str(picture)]) == 1
+    assert again(picture, model) == 1
     assert "up to 4 of 255" in capsys.readouterr().out
 
 
@@ -211,24 +219,76 @@ def test_the_settings_in_the_picture_are_complete_json(model, tmp_path):
         (lambda r: r | {"settings": r["settings"] | {"width": "64"}}, "damaged"),
         (lambda r: r | {"settings": r["settings"] | {"prompt": None}}, "damaged"),
         (lambda r: r | {"settings": {}}, "damaged"),
-        (lambda r: r | {"files": {"checkpoint": "../../etc/gone.safetensors"}}, "neither there"),
+        (lambda r: r | {"files": {"checkpoint": "../../etc/gone.safetensors"}}, "not opened"),
+        (lambda r: r | {"files": {"checkpoint": "a\0b"}}, "names the checkpoint file"),
+        (lambda r: r | {"files": {"checkpoint": "x" * 100_000}}, "names the checkpoint file"),
+        (lambda r: r | {"settings": r["settings"] | {"use": ["clip_x"]}}, "damaged"),
+        (lambda r: r | {"settings": r["settings"] | {"use": [[]]}}, "damaged"),
+        (lambda r: r | {"settings": r["settings"] | {"skip_layers": ["a"]}}, "damaged"),
+        (lambda r: r | {"settings": r["settings"] | {"cfg": 10**400}}, "damaged"),
+        (lambda r: r | {"settings": r["settings"] | {"width": 10**400}}, "damaged"),
+        (lambda r: r | {"loras": [["a", 10**400]]}, "damaged"),
     ],
 )
 def test_a_damaged_record_is_one_sentence(model, drawn, tmp_path, capsys, change, message):
     pixels, record = read_png(drawn)
     picture = tmp_path / "damaged.png"
     save_png(torch.from_numpy(pixels.copy()), picture, change(record))
-    assert main(["verify", str(picture)]) == 2
+    assert again(picture, model) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ")
     assert message in error
+    assert len(error) < 1000
 
 
-def test_a_scaled_copy_is_refused_with_both_sizes(drawn, tmp_path, capsys):
+ELSEWHERE = ("//host/share/x.safetensors", "\\\\host\\share\\x.safetensors", "/etc/x.safetensors")
+
+
+@pytest.mark.parametrize(
+    "name", [*ELSEWHERE, "\\\\?\\C:\\x.safetensors", "sub/../../x.safetensors"]
+)
+@pytest.mark.parametrize("what", ["checkpoint", "lora", "init"])
+def test_what_a_picture_names_elsewhere_is_not_even_looked_at(
+    model, drawn, tmp_path, capsys, monkeypatch, name, what
+):
+    """On Windows a look at //host/share tells that host who is asking."""
+    pixels, record = read_png(drawn)
+    changes = {
+        "checkpoint": {"files": {"checkpoint": name}},
+        "lora": {"loras": [[name, 1.0]]},
+        "init": {"settings": record["settings"] | {"init": name}},
+    }
+    picture = tmp_path / "out.png"
+    save_png(torch.from_numpy(pixels.copy()), picture, record | changes[what])
+    looked = []
+    stat = Path.stat
+    monkeypatch.setattr(
+        Path, "stat", lambda path, **given: (looked.append(path), stat(path, **given))[1]
+    )
+    assert again(picture, model) == 2
+    assert f"names the {what} file {name}, which is not opened" in capsys.readouterr().err
+    known = (model.parent, tmp_path)
+    assert all(any(place in (path, *path.parents) for place in known) for path in looked)
+
+
+def test_without_leave_only_the_pictures_own_folder_is_opened(model, drawn, tmp_path, capsys):
+    assert main(["verify", str(drawn)]) == 2
+    told = capsys.readouterr().err
+    assert "outside of the picture's folder" in told
+    assert "opens " not in told
+    assert main(["verify", str(drawn), "--checkpoint", str(model)]) == 0
+    inside = tmp_path / "models" / "deep"
+    inside.mkdir(parents=True)
+    (inside / model.name).write_bytes(model.read_bytes())
+    assert draw(inside / model.name, tmp_path / "out.png", "--seed", "2") == 0
+    assert main(["verify", str(tmp_path / "out.png")]) == 0
+
+
+def test_a_scaled_copy_is_refused_with_both_sizes(model, drawn, tmp_path, capsys):
     pixels, record = read_png(drawn)
     small = torch.from_numpy(pixels[::2, ::2].copy())
     save_png(small, tmp_path / "small.png", record)
-    assert main(["verify", str(tmp_path / "small.png")]) == 2
+    assert again(tmp_path / "small.png", model) == 2
     assert "is 32 x 24 pixels, its settings draw 64 x 48" in capsys.readouterr().err
 
 
@@ -334,3 +394,18 @@ def test_a_stage_of_the_embedded_model_is_one_command(tmp_path, capsys):
     assert "begins with sd3-tiny-" in capsys.readouterr().err
     assert main(["tiny", "shelves", "--output", str(tmp_path), "--scenes-from", "-1"]) == 2
     assert "give a number from 0" in capsys.readouterr().err
+
+
+def full_disk(monkeypatch, free: int = 1000) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: SimpleNamespace(free=free))
+
+
+def test_a_full_disk_is_told_before_anything_is_drawn(model, tmp_path, capsys, monkeypatch):
+    full_disk(monkeypatch)
+    monkeypatch.setattr("sd3_pack.sd3_core.generate.generate", lambda *_: pytest.fail("drawn"))
+    assert draw(model, tmp_path / "out.png", "--batch", "2") == 2
+    told = capsys.readouterr().err
+    assert f"{tmp_path / 'out.png'}: about 8,388,608 bytes will be written there and 1,000" in told
+    assert main(["score", "--json", str(tmp_path / "deep" / "score.json")]) == 2
+    assert "score.json: about" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []

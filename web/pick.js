@@ -148,7 +148,8 @@ function makeView(pickName) {
     }
     if (state.decided) buttons.append(button("undo", { undo: true }));
     if (state.hidden) buttons.append(button("reveal", undefined, true));
-    said.textContent = state.comparison ? sentence(state.comparison, state.open) : state.problem;
+    const told = state.comparison ? sentence(state.comparison, state.open) : "";
+    said.textContent = [told, state.problem].filter(Boolean).join(" ");
   }
 
   function picture(name, subfolder) {

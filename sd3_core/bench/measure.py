@@ -1,6 +1,5 @@
 """Clocks and memory of one process."""
 
-import ctypes
 import gc
 import sys
 import threading
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from ..memory import trim_heap
 
 STATUS = Path("/proc/self/status")  # Linux; elsewhere memory is not measured
 SAMPLING = 0.002  # seconds between two looks at the memory
@@ -82,10 +83,7 @@ def memory() -> Memory:
 def give_back_memory() -> None:
     """What is free in the heap goes back to the system, so that what comes next is seen to grow."""
     gc.collect()
-    if sys.platform.startswith("linux"):
-        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-        if trim is not None:
-            trim(0)
+    trim_heap()
 
 
 def peak(work: Callable[[], object], device: torch.device) -> Memory:

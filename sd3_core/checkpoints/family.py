@@ -12,9 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, quoted
 from ..models.mmdit import MMDiTConfig
 from ..presets import PRESETS, Preset, family
+from ..reading import read_regular
 from .layouts import Component
 
 NAMELESS = ("diffusion_pytorch_model", "model.", "model-")  # what diffusers calls every file
@@ -110,20 +111,16 @@ def scheduler_shift(folder: Path) -> float | None:
         return None
     if isinstance(shift, bool) or not isinstance(shift, int | float) or not 0 < shift < math.inf:
         raise CheckpointError(
-            f"{path}: shift is {shift!r}, where a number above 0 is expected (3.0 for the released "
-            "models). Download it again."
+            f"{path}: shift is {quoted(shift)}, where a number above 0 is expected (3.0 for the "
+            "released models). Download it again."
         )
     return float(shift)
 
 
 def read_configuration(path: Path) -> dict[str, Any]:
     """Raises OSError and ValueError."""
-    with path.open("rb") as file:
-        text = file.read(LARGEST_JSON + 1)
-    if len(text) > LARGEST_JSON:
-        raise ValueError(f"it is larger than {LARGEST_JSON} bytes")
     try:
-        settings = json.loads(text)
+        settings = json.loads(read_regular(path, LARGEST_JSON))
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(settings, dict):

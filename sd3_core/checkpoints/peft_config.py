@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, quoted
+from ..reading import open_regular
 from .header import Header, shown
 
 FILE = "adapter_config.json"
@@ -120,7 +121,7 @@ def read_settings(header: Header, file: Path | None) -> Settings | None:
 def _beginning(file: Path) -> bytes:
     """A file, or what is enough to see that it is too long."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             return stream.read(_LARGEST + 1)
     except OSError as error:
         raise CheckpointError(f"{file}: cannot be read: {error.strerror or error}.") from error
@@ -162,7 +163,7 @@ def _config(values: Mapping[str, Any]) -> PeftConfig:
     name = "lora_alpha" if "lora_alpha" in values else "alpha"
     rooted = values.get("use_rslora") or False
     if not isinstance(rooted, bool):
-        raise ValueError(f"use_rslora is {rooted!r}; true or false is expected")
+        raise ValueError(f"use_rslora is {quoted(rooted)}; true or false is expected")
     return PeftConfig(
         rank=_rank("r", values["r"]),
         alpha=_alpha(name, values.get(name)),
@@ -174,13 +175,13 @@ def _config(values: Mapping[str, Any]) -> PeftConfig:
 
 def _rank(name: str, value: object) -> int:
     if type(value) is not int or value < 1:
-        raise ValueError(f"{name} is {value!r}; a whole number above 0 is expected")
+        raise ValueError(f"{name} is {quoted(value)}; a whole number above 0 is expected")
     return value
 
 
 def _alpha(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
-        raise ValueError(f"{name} is {value!r}; a number is expected")
+        raise ValueError(f"{name} is {quoted(value)}; a number is expected")
     return float(value)
 
 
@@ -188,7 +189,7 @@ def _patterns(name: str, values: Mapping[str, Any], number: Any) -> tuple[tuple[
     """PEFT's rule: a pattern is a regular expression for a layer's name, or its end after a dot."""
     given = values.get(name) or {}
     if not isinstance(given, dict):
-        raise ValueError(f"{name} is {given!r}; a table is expected")
+        raise ValueError(f"{name} is {quoted(given)}; a table is expected")
     made = []
     for pattern, value in given.items():
         _check_pattern(name, pattern)

@@ -1,10 +1,17 @@
 """safetensors files written whole or not at all; models in the layout of the released files."""
 
+import hashlib
 import json
 import os
+import platform
+import re
+import shutil
+import tempfile
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import lru_cache
 from itertools import count
 from pathlib import Path
 from typing import BinaryIO
@@ -21,6 +28,9 @@ from .load import read_state_dict
 from .products import Product, read_products
 
 ALIGNMENT = 64  # bytes; where the tensors begin, so that mapped weights suit wide vector loads
+# What is being written: .NAME.MACHINE-PROCESS.part; older versions left the machine out.
+_UNFINISHED = re.compile(r"\..+\.(?:([0-9a-f]{8})-)?(\d+)\.part")
+ABANDONED = 24 * 3600  # seconds; a process of another machine cannot be asked whether it lives
 FP8_FORMATS = {torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2"}
 
 
@@ -96,28 +106,94 @@ def _quantisation(
     return notes
 
 
-def _replace(path: Path, write: Callable[[BinaryIO], object], aside: bool = True) -> Path:
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An OSError becomes a CheckpointError that names the file, which a full disk's does not."""
     try:
-        with _temporary(path) as temporary:
-            with temporary.open("xb") as file:
-                write(file)
-                file.flush()
-                os.fsync(file.fileno())
-            return _move(temporary, path, aside)
+        yield
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be written: {error.strerror or error}.") from error
+
+
+def check_room(path: Path, size: float) -> None:
+    """Before long work: raises CheckpointError when its result could not be written to `path`.
+
+    size: bytes of it, about.
+    """
+    with writing(path):
+        place = next(one for one in (path, *path.absolute().parents) if one.is_dir())
+        tempfile.TemporaryFile(dir=place).close()
+        free = shutil.disk_usage(place).free
+    if size > free:
+        raise CheckpointError(
+            f"{path}: about {size:,.0f} bytes will be written there and {free:,} are free. Make "
+            "room, or name another place."
+        )
+
+
+def _replace(path: Path, write: Callable[[BinaryIO], object], aside: bool = True) -> Path:
+    with writing(path), _temporary(path) as temporary:
+        with temporary.open("xb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        return _move(temporary, path, aside)
 
 
 @contextmanager
 def _temporary(path: Path) -> Iterator[Path]:
     """A name beside `path` that is gone afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    _sweep_once(path.parent.absolute())
+    temporary = path.with_name(temporary_name(path.name))
     temporary.unlink(missing_ok=True)
     try:
         yield temporary
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_name(name: str) -> str:
+    """What is being written under this name is called until it is whole; see sweep."""
+    return f".{name}.{_machine()}-{os.getpid()}.part"
+
+
+def sweep(folder: Path) -> None:
+    """Delete what killed processes were writing in the folder."""
+    with suppress(OSError):
+        for entry in os.scandir(folder):
+            if (name := _UNFINISHED.fullmatch(entry.name)) and _is_abandoned(entry, name):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    with suppress(OSError):
+                        os.unlink(entry.path)
+
+
+_sweep_once = lru_cache(maxsize=4096)(sweep)  # of each folder that this process writes into
+
+
+def _is_abandoned(entry: os.DirEntry[str], name: re.Match[str]) -> bool:
+    if name[1] == _machine() and not _is_running(int(name[2])):
+        return True
+    return time.time() - entry.stat(follow_symlinks=False).st_mtime > ABANDONED
+
+
+def _is_running(process: int) -> bool:
+    if os.name == "nt":  # where asking would end it
+        return True
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # it is somebody else's
+        return True
+    return True
+
+
+@lru_cache(maxsize=1)
+def _machine() -> str:
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
 
 
 def _write(file: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .header import Header, TensorInfo, read_header, shown
+from ..reading import read_regular
+from .header import MAX_HEADER, Header, TensorInfo, read_header, shown
 
 _SHARD = re.compile(r"-\d+-of-\d+\.safetensors$")
 
@@ -44,7 +45,7 @@ def read_stored(path: str | Path) -> Stored:
 
 def _read_shards(index: Path) -> Stored:
     try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = json.loads(read_regular(index, MAX_HEADER))["weight_map"]
         wanted = {str(key): str(name) for key, name in weight_map.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{index.name}: is no index of safetensors shards.") from error

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..errors import quoted
 from ..models.fused import hooked
 from ..models.gpu import current
 from ..models.mmdit import Tokens
@@ -34,7 +35,7 @@ def launch(network: TabledMMDiT, way: str, device: torch.device, backend: str = 
         return
     reason = obstacle(network, device)
     if reason:
-        raise ValueError(f"launch is {way!r}, but {reason}. Launch plainly.")
+        raise ValueError(f"launch is {quoted(way)}, but {reason}. Launch plainly.")
     if way == "graph":
         network.starter = Graphs()
     else:
@@ -44,10 +45,10 @@ def launch(network: TabledMMDiT, way: str, device: torch.device, backend: str = 
 def check(way: str, device: torch.device) -> None:
     """What can be said before anything is loaded.  Raises ValueError."""
     if way not in WAYS:
-        raise ValueError(f"launch is {way!r}; choose one of {', '.join(WAYS)}.")
+        raise ValueError(f"launch is {quoted(way)}; choose one of {', '.join(WAYS)}.")
     if way == "graph" and device.type != "cuda":
         raise ValueError(
-            f"launch is {way!r}, and CUDA graphs are not for {device.type}: "
+            f"launch is {quoted(way)}, and CUDA graphs are not for {device.type}: "
             "choose plain or compile."
         )
 

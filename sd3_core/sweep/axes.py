@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..errors import quoted
 from ..guidance import check_layers
 from ..samplers import SAMPLERS
 from ..schedule import SCHEDULERS
@@ -90,7 +91,7 @@ def read_axis(name: str, text: str) -> Axis:
     Raises ValueError for an unknown axis, no value, one that is none of the axis, and one twice.
     """
     if name not in AXES:
-        raise ValueError(f"the axis is {name!r}; choose one of {', '.join(AXES)}.")
+        raise ValueError(f"the axis is {quoted(name)}; choose one of {', '.join(AXES)}.")
     kind = AXES[name]
     values = []
     for part in text.replace("\n", ",").split(","):
@@ -100,8 +101,8 @@ def read_axis(name: str, text: str) -> Axis:
             value = kind.read(part.strip())
         except ValueError:
             raise ValueError(
-                f"{name}: {part.strip()!r} is no value of it; expected {kind.expected}, such as "
-                f"{kind.example}."
+                f"{name}: {quoted(part.strip())} is no value of it; expected {kind.expected}, such "
+                f"as {kind.example}."
             ) from None
         if value in values:
             raise ValueError(f"{name}: {written(value)} is there twice; name each value once.")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..conditioning import Conditioning
-from ..errors import CheckpointError
+from ..errors import CheckpointError, quoted
 from ..models.clip import CLIPTextModel
 from ..models.t5 import T5Encoder
 from ..precision import check_finite
@@ -177,7 +177,9 @@ class TextEncoders:
 
     def _on(self, use: Collection[str]) -> list[str]:
         if isinstance(use, str) or not set(use) <= set(ENCODERS):
-            raise ValueError(f"use={use!r}: expected a tuple of some of {', '.join(ENCODERS)}")
+            raise ValueError(
+                f"use={quoted(use)}: expected a tuple of some of {', '.join(ENCODERS)}"
+            )
         return [name for name in ENCODERS if name in use and name in self.sources]
 
     def _network(self, name: str) -> Any:
@@ -321,7 +323,9 @@ def weigh(hidden: Tensor, empty: Tensor, weights: Tensor) -> Tensor:
 def check_weights(pieces: list[Piece]) -> None:
     for piece in pieces:
         if not math.isfinite(piece.weight):
-            raise ValueError(f"weight {piece.weight} of {piece.text!r}: expected a finite number")
+            raise ValueError(
+                f"weight {piece.weight} of {quoted(piece.text)}: expected a finite number"
+            )
 
 
 def _check_widths(networks: Mapping[str, Any], context_dim: int, pooled_dim: int) -> None:
@@ -354,5 +358,5 @@ def least_length(t5_length: int | str, window: int) -> int:
     if t5_length == "auto":
         return window
     if isinstance(t5_length, bool) or not isinstance(t5_length, int) or t5_length < 1:
-        raise ValueError(f"t5_length={t5_length!r}: expected 'auto' or a whole number from 1")
+        raise ValueError(f"t5_length={quoted(t5_length)}: expected 'auto' or a whole number from 1")
     return t5_length

@@ -7,11 +7,12 @@ and 5, and with them the ids of some prompts.
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, cut
 from ..plain_text import check_whole
 from .prompt import Piece
 
@@ -23,6 +24,10 @@ T5_UNKNOWN = "<unk>"
 
 # ComfyUI's rule: a piece of fewer tokens moves to the next window rather than being cut.
 CUT_FROM = 8
+
+# Steps of a tokenizer.json before a text is cut into tokens; T5's has 3.  Many that each make the
+# text longer would fill the memory.
+MOST_STEPS = 8
 
 # What CLIP takes for a word; its special tokens count as words wherever they are typed.
 CLIP_WORD = (
@@ -68,10 +73,11 @@ def clip_tokenizer(files: TokenizerFiles, which: str) -> Tokenizer:
     Raises CheckpointError when the files cannot be read or are of another tokenizer.
     """
     from_pairs = {"vocab.json", "merges.txt"} <= set(files.read)
-    backend = _built(_clip_from_pairs if from_pairs else _from_json, files)
-    start, end = (_special(backend, name, files) for name in (CLIP_START, CLIP_END))
-    pad = end if which == "clip_l" else 0
-    return Tokenizer(_encode(backend), start, end, pad, None, _size(backend))
+    with _guarded(files):
+        backend = (_clip_from_pairs if from_pairs else _from_json)(files)
+        start, end = (_special(backend, name, files) for name in (CLIP_START, CLIP_END))
+        pad = end if which == "clip_l" else 0
+        return Tokenizer(_encode(backend, files), start, end, pad, None, _size(backend))
 
 
 def t5_tokenizer(files: TokenizerFiles) -> Tokenizer:
@@ -79,11 +85,13 @@ def t5_tokenizer(files: TokenizerFiles) -> Tokenizer:
 
     Raises CheckpointError when the files cannot be read or are of another tokenizer.
     """
-    if "tokenizer.json" not in files.read:
-        return _built(_t5_from_spiece, files)
-    backend = _built(_t5_from_json, files)
-    end, pad, unknown = (_special(backend, name, files) for name in (T5_END, T5_PAD, T5_UNKNOWN))
-    return Tokenizer(_encode(backend), None, end, pad, unknown, _size(backend))
+    with _guarded(files):
+        if "tokenizer.json" not in files.read:
+            return _t5_from_spiece(files)
+        backend = _t5_from_json(files)
+        special = (T5_END, T5_PAD, T5_UNKNOWN)
+        end, pad, unknown = (_special(backend, name, files) for name in special)
+        return Tokenizer(_encode(backend, files), None, end, pad, unknown, _size(backend))
 
 
 def clip_windows(tokenizer: Tokenizer, pieces: Sequence[Piece], window: int) -> list[Tokens]:
@@ -123,14 +131,23 @@ def _framed(tokenizer: Tokenizer, text: list[tuple[int, float]], length: int) ->
     return Tokens(ids + [tokenizer.pad] * padding, weights + [1.0] * padding, real=len(text))
 
 
-def _built(build: Callable[[TokenizerFiles], Any], files: TokenizerFiles) -> Any:
+@contextmanager
+def _guarded(files: TokenizerFiles, what: str = "be read") -> Iterator[None]:
+    """Whatever the libraries raise becomes a CheckpointError.
+
+    Both raise bare Exceptions of many kinds.  Where `tokenizers` panics, its binding raises a
+    BaseException, which would pass every `except Exception` above and end the program.
+    """
     try:
-        return build(files)
+        yield
     except CheckpointError:
         raise
-    except Exception as error:  # both libraries raise bare Exceptions of many kinds
-        names = ", ".join(sorted(files.read))
-        raise CheckpointError(f"{files.place}: {names} cannot be read: {error}") from error
+    except BaseException as error:
+        panicked = type(error).__name__ == "PanicException"  # of no module that can be imported
+        if not (panicked or isinstance(error, Exception)):
+            raise
+        names, reason = ", ".join(sorted(files.read)), cut(str(error) or type(error).__name__)
+        raise CheckpointError(f"{files.place}: {names} cannot {what}: {reason}") from error
 
 
 def _clip_from_pairs(files: TokenizerFiles) -> Any:
@@ -168,11 +185,34 @@ def _clip_from_pairs(files: TokenizerFiles) -> Any:
 def _from_json(files: TokenizerFiles) -> Any:
     import tokenizers
 
-    backend = tokenizers.Tokenizer.from_str(files.read["tokenizer.json"]().decode("utf-8"))
+    text = files.read["tokenizer.json"]().decode("utf-8")
+    _check_steps(json.loads(text))
+    backend = tokenizers.Tokenizer.from_str(text)
     # A file may carry both from its last use; nothing is cut or padded but by us.
     backend.no_truncation()
     backend.no_padding()
     return backend
+
+
+def _check_steps(described: Any) -> None:
+    """Raises ValueError for steps that could make a text longer again and again."""
+    steps = [*_steps(described.get("normalizer")), *_steps(described.get("pre_tokenizer"))]
+    if len(steps) > MOST_STEPS:
+        raise ValueError(f"it changes a text in {len(steps)} steps; expected up to {MOST_STEPS}")
+    if any(len(step.get("content", "")) > 1 for step in steps if step.get("type") == "Replace"):
+        raise ValueError("it replaces a part of a text by more than one character")
+    if [step.get("type") for step in steps].count("Precompiled") > 1:
+        raise ValueError("it has more than one Precompiled normalizer")
+
+
+def _steps(described: Any) -> list[dict[str, Any]]:
+    """The single steps of a normalizer or pre-tokenizer."""
+    if described is None:
+        return []
+    inner = described.get("normalizers", described.get("pretokenizers"))
+    if described.get("type") != "Sequence" or inner is None:
+        return [described]
+    return [step for one in inner for step in _steps(one)]
 
 
 def _t5_from_json(files: TokenizerFiles) -> Any:
@@ -198,8 +238,10 @@ def _t5_from_spiece(files: TokenizerFiles) -> Tokenizer:
 
     def ids(text: str) -> list[int]:
         found: list[int] = []
-        for part in between.split(check_whole(text, "the prompt")):
-            found += [special[part]] if part in special else processor.encode(part)
+        parts = between.split(check_whole(text, "the prompt"))
+        with _guarded(files, "encode a text"):
+            for part in parts:
+                found += [special[part]] if part in special else processor.encode(part)
         return found
 
     if processor.pad_id() < 0 or processor.eos_id() < 0:
@@ -214,12 +256,13 @@ def _t5_from_spiece(files: TokenizerFiles) -> Tokenizer:
     )
 
 
-def _encode(backend: Any) -> Callable[[str], list[int]]:
-    def encode(text: str) -> list[int]:
+def _encode(backend: Any, files: TokenizerFiles) -> Callable[[str], list[int]]:
+    def ids(text: str) -> list[int]:
         whole = check_whole(text, "the prompt")
-        return backend.encode(whole, add_special_tokens=False).ids
+        with _guarded(files, "encode a text"):
+            return backend.encode(whole, add_special_tokens=False).ids
 
-    return encode
+    return ids
 
 
 def _size(backend: Any) -> int:

@@ -8,13 +8,17 @@ import os
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..reading import read_regular
 from .tokenizers import Tokenizer, TokenizerFiles, clip_tokenizer, t5_tokenizer
+
+LARGEST_FILE = 2**26  # bytes; T5's tokenizer.json has 2.4 million
 
 # Folders inside a given one, in the order they are tried: ours, diffusers', ComfyUI's, itself.
 COMFY_CLIP = "comfy/sd1_tokenizer"
@@ -123,7 +127,10 @@ def _in_folder(folder: Path, name: str) -> TokenizerFiles | None:
     for inner in FOLDERS[name]:
         place = folder / inner
         if files := _usable_files(place, name):
-            return TokenizerFiles(str(place), {file: (place / file).read_bytes for file in files})
+            return TokenizerFiles(
+                str(place),
+                {file: partial(read_regular, place / file, LARGEST_FILE) for file in files},
+            )
     return None
 
 
@@ -141,8 +148,8 @@ def _usable_files(place: Path, name: str) -> tuple[str, ...]:
 def _json_model(path: Path) -> str | None:
     """The kind of model in a tokenizer.json: "BPE" is CLIP's, "Unigram" T5's."""
     try:
-        return json.loads(path.read_bytes())["model"]["type"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return json.loads(read_regular(path, LARGEST_FILE))["model"]["type"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return None
 
 

@@ -6,17 +6,21 @@ import math
 import re
 import types
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
+from ..errors import LONGEST_ECHO, cut, quoted
 from ..lora import KINDS, STREAMS
 from ..plain_text import check_whole, decode_text
+from ..reading import read_regular, reason
 from ..settings import FLAGS, LARGEST, LONGEST_T5, Files
 from ..text.encoders import ENCODERS
 from .folders import Source
 
+MOST_DOTS = 16  # of a name in TOML; settings have none, other programs' files a few
+LARGEST_SETTINGS = 2**18  # bytes of a file; a whole run is told in a few thousand
 LORA_OPTIMIZERS = ("adamw", "adafactor", "adamw_8bit", "prodigy")
 OPTIMIZERS = (*LORA_OPTIMIZERS, "muon")  # that one for the matrices of a whole model
 PRIOR_WEIGHT = 4.0  # more forgets less and learns more slowly
@@ -161,7 +165,7 @@ class TrainConfig(LoopConfig):
         _choice(self, "dialect", ("comfy", "kohya", "diffusers"))
         _choice(self, "save_dtype", ("fp32", "fp16", "bf16"))
         if set(self.lora_kinds) & {*ENCODERS, "te", "text_encoder"}:
-            raise ValueError(f"lora_kinds is {self.lora_kinds!r}; {TEXT_ENCODERS_STAY}.")
+            raise ValueError(f"lora_kinds is {quoted(self.lora_kinds)}; {TEXT_ENCODERS_STAY}.")
         for name, known in (("use", ENCODERS), ("lora_kinds", KINDS), ("lora_streams", STREAMS)):
             given = getattr(self, name)
             _check(self, name, set(given) <= set(known), f"some of {', '.join(known)}")
@@ -203,7 +207,7 @@ class TrainConfig(LoopConfig):
             )
         if self.trains_lora and self.optimizer not in LORA_OPTIMIZERS:
             raise ValueError(
-                f"optimizer is {self.optimizer!r}, which is for whole models (method full or "
+                f"optimizer is {quoted(self.optimizer)}, which is for whole models (method full or "
                 f"scratch); for a LoRA choose one of {', '.join(LORA_OPTIMIZERS)}."
             )
         if self.trains_lora and self.qk_norm:
@@ -251,7 +255,7 @@ class TrainConfig(LoopConfig):
 
 def _check(config: Any, name: str, good: bool, expected: str) -> None:
     if not good:
-        raise ValueError(f"{name} is {getattr(config, name)!r}; expected {expected}.")
+        raise ValueError(f"{name} is {quoted(getattr(config, name))}; expected {expected}.")
 
 
 def _choice(config: Any, name: str, known: tuple[str, ...]) -> None:
@@ -261,9 +265,9 @@ def _choice(config: Any, name: str, known: tuple[str, ...]) -> None:
 def read_settings(path: Path) -> dict[str, Any]:
     """The table in a .toml or .json file.  Raises ValueError."""
     try:
-        read = decode_text(path.read_bytes())
+        read = decode_text(read_regular(path, LARGEST_SETTINGS))
     except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror or error}).") from error
+        raise ValueError(f"{path}: cannot be read ({reason(error)}).") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}.") from error
     if read.note:
@@ -271,8 +275,8 @@ def read_settings(path: Path) -> dict[str, Any]:
     text = read.text
     try:
         table = json.loads(text) if path.suffix.lower() == ".json" else read_toml(text)
-    except ValueError as error:
-        raise ValueError(f"{path.name}: {error}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path.name}: {cut(error)}.") from error
     if not isinstance(table, dict):
         raise ValueError(f"{path.name}: expected settings as name = value.")
     return table
@@ -290,7 +294,20 @@ def read_toml(text: str) -> dict[str, Any]:
                 "TOML needs Python 3.11; on 3.10 install the package tomli (a file of "
                 "settings may be .json instead)"
             ) from None
-    return tomllib.loads(text)
+    if any(key.count(".") > MOST_DOTS for line in text.splitlines() for key in _keys(line)):
+        raise ValueError(f"a name has more than {MOST_DOTS} dots")  # reading it would take long
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("it is nested without end") from error
+
+
+def _keys(line: str) -> Iterator[str]:
+    """About what a line of TOML names: what stands before each =, and the name of a table."""
+    *before, _ = line.split("=")
+    yield from (re.split(r"[{,]", part)[-1] for part in before)
+    if line.lstrip().startswith("[") and "," not in line:
+        yield line
 
 
 def make_config(table: Mapping[str, Any]) -> TrainConfig:
@@ -302,15 +319,15 @@ def make_config(table: Mapping[str, Any]) -> TrainConfig:
     for name in table:
         if name not in hints:
             if _OF_TEXT_ENCODERS.search(name):
-                raise ValueError(f"there is no setting {name!r}: {TEXT_ENCODERS_STAY}.")
+                raise ValueError(f"there is no setting {quoted(name)}: {TEXT_ENCODERS_STAY}.")
             if name in OF_A_FOLDER:
                 raise ValueError(
                     f"{name} is said of a folder: "
-                    f'data = [{{ path = "pictures", {name} = {json.dumps(table[name])} }}].'
+                    f'data = [{{ path = "pictures", {name} = {cut(json.dumps(table[name]))} }}].'
                 )
-            close = difflib.get_close_matches(name, hints, 1)
+            close = difflib.get_close_matches(name[:LONGEST_ECHO], hints, 1)
             guess = f" Did you mean {close[0]}?" if close else ""
-            raise ValueError(f"there is no setting {name!r}.{guess}")
+            raise ValueError(f"there is no setting {quoted(name)}.{guess}")
     missing = [f.name for f in fields(TrainConfig) if f.default is MISSING and f.name not in table]
     if missing:
         raise ValueError(f"{', '.join(missing)} is missing; it names the run and its folder.")
@@ -359,8 +376,8 @@ def _value(name: str, value: Any, hint: Any) -> Any:
     """value as the setting's type; ValueError when it is of another kind."""
     try:
         return _converted(value, hint)
-    except (TypeError, ValueError, KeyError):
-        raise ValueError(f"{name} is {value!r}; expected {_described(hint)}.") from None
+    except (TypeError, ValueError, KeyError, OverflowError, RecursionError):
+        raise ValueError(f"{name} is {quoted(value)}; expected {_described(hint)}.") from None
 
 
 def _converted(value: Any, hint: Any) -> Any:

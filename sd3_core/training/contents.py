@@ -8,6 +8,7 @@ from typing import Any
 
 from ..checkpoints.save import save_bytes
 from ..plain_text import as_json
+from ..reading import LARGEST_TEXT, read_regular
 from .report import some_names
 
 PARTS = ("captions", "picture", "size, crop, repeats, weight or prior")
@@ -67,12 +68,12 @@ def write_contents(
 def read_contents(path: Path, identity: Mapping[str, Any]) -> dict[str, Contents]:
     """The contents that stand for entries of this identity; without a sound file none."""
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(read_regular(path, LARGEST_TEXT))
         return {
             name: {item: tuple(hashes) for item, hashes in one["items"].items()}
             for name, one in stored.items()
             if one["identity"] == identity[name]
             and all(len(hashes) == len(PARTS) for hashes in one["items"].values())
         }
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return {}

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..errors import quoted
 from ..schedule import beta_distribution
 
 EDGE = 2**-24  # float32's last step below 1, and the grid of torch.rand
@@ -287,7 +288,7 @@ def read_call(text: str, makers: Mapping[str, Callable[..., Made]], what: str) -
     match = re.fullmatch(r"\s*(\w+)\s*(?:\(([^()]*)\))?\s*", text)
     name = match[1] if match else text
     if match is None or name not in makers:
-        raise ValueError(f"{what} is {text!r}; choose one of {spellings(makers)}.")
+        raise ValueError(f"{what} is {quoted(text)}; choose one of {spellings(makers)}.")
     maker = makers[name]
     written = (match[2] or "").strip()
     try:
@@ -295,7 +296,9 @@ def read_call(text: str, makers: Mapping[str, Callable[..., Made]], what: str) -
         if len(numbers) > len(signature(maker).parameters):
             raise ValueError("surplus numbers")
     except ValueError:
-        raise ValueError(f"{what} is {text!r}; it is written {spelling(name, maker)}.") from None
+        raise ValueError(
+            f"{what} is {quoted(text)}; it is written {spelling(name, maker)}."
+        ) from None
     return maker(*numbers)
 
 

@@ -31,7 +31,7 @@ def write_entry(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype) -
     written for another reason.
     """
     stored = {name: _stored(tensor, dtype) for name, tensor in tensors.items()}
-    stored[CHECKSUM] = torch.tensor(_checksum(stored))
+    stored[CHECKSUM] = torch.tensor(checksum(stored))
     try:
         save_tensors(path, stored)
     except CheckpointError as error:
@@ -92,8 +92,8 @@ def _read_checked(path: Path) -> dict[str, Tensor]:
         tensors = read_tensors(read_header(path))
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror or error}.") from error
-    checksum = tensors.pop(CHECKSUM, None)
-    if checksum is None or checksum.numel() != 1 or int(checksum) != _checksum(tensors):
+    stored = tensors.pop(CHECKSUM, None)
+    if stored is None or stored.numel() != 1 or int(stored) != checksum(tensors):
         raise CheckpointError(f"{path}: is damaged; start again, and it is made anew.")
     return tensors
 
@@ -106,7 +106,8 @@ def _is_sound(path: Path) -> bool:
     return True
 
 
-def _checksum(tensors: Mapping[str, Tensor]) -> int:
+def checksum(tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of names, shapes and contents."""
     value = 0
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -9,6 +9,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from ..errors import quoted
+
 Fields = dict[str, Any]
 
 
@@ -48,7 +50,7 @@ def flag_of(fields: Fields, name: str) -> bool | None:
     """None where it is absent or "".  Raises ValueError."""
     value = fields.get(name, "")
     if value != "" and value not in (True, False):  # 1.0 is true
-        raise ValueError(f"{name} is {value!r}; expected true or false")
+        raise ValueError(f"{name} is {quoted(value)}; expected true or false")
     return None if value == "" else bool(value)
 
 
@@ -57,7 +59,7 @@ def id_of(fields: Fields, name: str) -> str | None:
     value = fields.get(name, "")
     number = whole(value)
     if number is None and not isinstance(value, str):
-        raise ValueError(f"{name} is {value!r}; expected a text or a whole number")
+        raise ValueError(f"{name} is {quoted(value)}; expected a text or a whole number")
     return (value or None) if number is None else str(number)
 
 

@@ -20,7 +20,9 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any
 
 from ..decode import EXTENSIONS
+from ..errors import quoted
 from ..plain_text import check_whole, decode_text
+from ..reading import LARGEST_TEXT, read_regular, reason
 from .companions import Companions, visible_folders
 from .fields import Fields, first_of, read_fields, whole
 from .report import Skipped, by_value, counted
@@ -162,14 +164,16 @@ def check_source(source: Source) -> None:
     extension = source.caption_extension
     if extension != os.path.basename(extension) or "\\" in extension or "\0" in extension:
         raise ValueError(
-            f"{source.path}: caption_extension is {extension!r}; expected the end of a name, such "
-            "as .txt."
+            f"{source.path}: caption_extension is {quoted(extension)}; expected the end of a name, "
+            "such as .txt."
         )
     if not (math.isfinite(source.weight) and source.weight > 0):
         raise ValueError(f"{source.path}: weight is {source.weight}; it must be above 0.")
     if source.lines not in LINES:
         known = ", ".join(LINES)
-        raise ValueError(f"{source.path}: lines is {source.lines!r}; expected one of {known}.")
+        raise ValueError(
+            f"{source.path}: lines is {quoted(source.lines)}; expected one of {known}."
+        )
 
 
 def check_apart(sources: Sequence[Source]) -> None:
@@ -219,13 +223,11 @@ def _taken(lines: tuple[str, ...], rule: str) -> tuple[str, ...]:
 def _lines(path: Path, notes: Notes) -> tuple[str, ...]:
     """The lines of a text file that are not empty; none when there is no file."""
     try:
-        if path.stat().st_size > LONGEST_CAPTIONS:
-            raise ValueError(f"{path.name} is no caption: it is {path.stat().st_size:,} bytes long")
-        data = path.read_bytes()
+        data = read_regular(path, LONGEST_CAPTIONS)
     except FileNotFoundError:
         return ()
     except OSError as error:
-        raise ValueError(f"{path.name} cannot be read ({error.strerror or error})") from error
+        raise ValueError(f"{path.name} is no caption ({reason(error)})") from error
     try:
         read = decode_text(data)
     except ValueError as error:
@@ -248,9 +250,9 @@ def _texts(lines: list[str]) -> tuple[str, ...]:
 def _read_metadata(folder: Path, notes: Notes) -> dict[Path, Row]:
     file = folder / METADATA
     try:
-        read = decode_text(file.read_bytes())
+        read = decode_text(read_regular(file, LARGEST_TEXT))
     except OSError as error:
-        raise ValueError(f"{file}: cannot be read ({error.strerror or error}).") from error
+        raise ValueError(f"{file}: cannot be read ({reason(error)}).") from error
     except ValueError as error:
         raise ValueError(f"{file}: {error}.") from error
     lines = lines_of(read.text)
@@ -302,7 +304,9 @@ def name_inside(name: object) -> str:
         check_whole(name, "file_name")
     for path in (PurePosixPath(name), PureWindowsPath(name)):
         if path.anchor or ".." in path.parts:
-            raise ValueError(f"file_name {name!r} leads out of its folder; give a name inside it")
+            raise ValueError(
+                f"file_name {quoted(name)} leads out of its folder; give a name inside it"
+            )
     return name
 
 
@@ -312,7 +316,7 @@ def _strings(fields: Fields, name: str) -> tuple[str, ...]:
     if isinstance(texts, list):
         texts = [text for text in texts if text is not None]
     if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{name} is {value!r}; expected a text or a list of texts")
+        raise ValueError(f"{name} is {quoted(value)}; expected a text or a list of texts")
     for text in texts:
         check_whole(text, name)
     return _texts(texts)
@@ -321,7 +325,7 @@ def _strings(fields: Fields, name: str) -> tuple[str, ...]:
 def given_weight(value: Any) -> float:
     number = isinstance(value, int | float) and not isinstance(value, bool)
     if not (number and 0 < value < 1e6):
-        raise ValueError(f"weight is {value!r}; expected a number above 0, below a million")
+        raise ValueError(f"weight is {quoted(value)}; expected a number above 0, below a million")
     return float(value)
 
 
@@ -330,5 +334,5 @@ def _bucket(value: object) -> tuple[int, int] | None:
         return None
     sides = [whole(side) for side in value] if isinstance(value, list) else []
     if len(sides) != 2 or sides[0] is None or sides[1] is None:
-        raise ValueError(f"bucket is {value!r}; expected [width, height] in pixels")
+        raise ValueError(f"bucket is {quoted(value)}; expected [width, height] in pixels")
     return sides[0], sides[1]

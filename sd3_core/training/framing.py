@@ -7,6 +7,7 @@ from pathlib import Path
 
 from PIL import ImageColor
 
+from ..errors import quoted
 from .order import chance
 from .pixels import FilePicture
 from .scan import Facts
@@ -29,14 +30,15 @@ class Framing:
 
     def __post_init__(self) -> None:
         if self.alpha not in ALPHA:
-            raise ValueError(f"alpha is {self.alpha!r}; choose {' or '.join(ALPHA)}.")
+            raise ValueError(f"alpha is {quoted(self.alpha)}; choose {' or '.join(ALPHA)}.")
         if self.crop not in CROPS:
-            raise ValueError(f"crop is {self.crop!r}; choose {' or '.join(CROPS)}.")
+            raise ValueError(f"crop is {quoted(self.crop)}; choose {' or '.join(CROPS)}.")
         try:
             ImageColor.getrgb(self.background)
         except ValueError as error:
             raise ValueError(
-                f"background is {self.background!r}; expected a colour such as white or #808080."
+                f"background is {quoted(self.background)}; expected a colour such as white or "
+                "#808080."
             ) from error
         _ = self.buckets
 

@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import cut, quoted
 from ..plain_text import check_whole, decode_text
-from .config import TEXT_ENCODERS_STAY, TrainConfig, make_config, read_settings
+from ..reading import read_regular, reason
+from .config import LARGEST_SETTINGS, TEXT_ENCODERS_STAY, TrainConfig, make_config, read_settings
 from .densities import find_density
 from .kohya_data import (
     INHERITED,
@@ -34,6 +36,8 @@ from .kohya_names import (
     unused,
 )
 from .run import plain_name
+
+MOST_BLOCKS = 1000  # no model has as many
 
 
 @dataclass(frozen=True)
@@ -73,7 +77,7 @@ def translate(path: Path) -> Translated:
         if found := next((one for one in beside if one.is_file()), None):
             datasets = read_settings(found)
         else:
-            translation.ignored.append(f"dataset_config = {name}: there is no such file")
+            translation.ignored.append(f"dataset_config = {cut(name)}: there is no such file")
     translation.read(arguments, datasets)
     defaults = tuple(
         f"{name} = {_toml(value)}"
@@ -155,14 +159,14 @@ class Translation:
             if home is None:
                 continue
             if not isinstance(home, str):
-                raise ValueError(f"{name} is {home!r}; sd-scripts has no such value.")
+                raise ValueError(f"{name} is {quoted(home)}; sd-scripts has no such value.")
             if Path(home).is_dir():
                 folders += numbered_folders(name, home, prior, self.ignored)
                 continue
             whole.append({"path": home, **({"prior": True} if prior else {})})
             self.notes.append(
-                f"{name} = {home} is not here, so nobody looked into it: all folders in it are "
-                "taken, those named as in 10_cat 10 times; sd-scripts takes these alone"
+                f"{name} = {cut(home)} is not here, so nobody looked into it: all folders in it "
+                "are taken, those named as in 10_cat 10 times; sd-scripts takes these alone"
             )
         if whole and (data := self._with_something_learnt(whole)):
             self._put("data", data)
@@ -196,7 +200,7 @@ class Translation:
                     if name not in self.seen and not is_off(name, value) and name not in ALWAYS_SO:
                         self.ignored.append(unused(f"{label}: {name}", name, value))
                 elif value != first:
-                    line = f"{label}: {name} = {value}: a run has one, which is {first}"
+                    line = f"{label}: {name} = {cut(value)}: a run has one, which is {cut(first)}"
                     self.ignored.append(line)
 
     # The arguments
@@ -245,7 +249,7 @@ class Translation:
                 raise ValueError
             taken = self._take(name, value)
         except (TypeError, ValueError, AttributeError, IndexError, OverflowError):
-            raise ValueError(f"{name} is {value!r}; sd-scripts has no such value.") from None
+            raise ValueError(f"{name} is {quoted(value)}; sd-scripts has no such value.") from None
         if not taken and not is_off(name, value):
             self.ignored.append(unused(name, name, value))
 
@@ -272,7 +276,7 @@ class Translation:
         name = plain_name(value)
         if name != value:
             self.notes.append(
-                f"output_name = {value} cannot name a folder everywhere: run_name is {name}"
+                f"output_name = {cut(value)} cannot name a folder everywhere: run_name is {name}"
             )
         return self._put("run_name", name)
 
@@ -303,7 +307,7 @@ class Translation:
             elif name == "betas":
                 self._put("betas", [float(number) for number in re.findall(r"[\d.]+", text)])
             else:
-                self.ignored.append(f"optimizer_args: {argument}")
+                self.ignored.append(f"optimizer_args: {cut(argument)}")
         return True
 
     def _network_arguments(self, values: list[str] | str) -> bool:
@@ -312,7 +316,7 @@ class Translation:
             if name == "train_block_indices" and re.fullmatch(r"[\d,\- ]+", text):
                 self._put("lora_blocks", block_indices(text))
             elif text != "all":
-                self.ignored.append(f"network_args: {argument}")
+                self.ignored.append(f"network_args: {cut(argument)}")
         return True
 
     def _prompts(self, value: str) -> bool:
@@ -321,9 +325,9 @@ class Translation:
         if path.suffix.lower() != ".txt" or not path.is_file():
             return False
         try:
-            text = decode_text(path.read_bytes()).text
+            text = decode_text(read_regular(path, LARGEST_SETTINGS)).text
         except OSError as error:
-            self.ignored.append(f"sample_prompts = {value}: cannot be read ({error.strerror})")
+            self.ignored.append(f"sample_prompts = {cut(value)}: cannot be read ({reason(error)})")
             return True
         lines = (line.partition(" --")[0].strip() for line in text.splitlines())
         prompts = [line for line in lines if line and line[0] != "#"]
@@ -362,11 +366,14 @@ class Translation:
 
 
 def block_indices(text: str) -> list[int]:
-    """ "0,1,4-6" -> [0, 1, 4, 5, 6]."""
+    """ "0,1,4-6" -> [0, 1, 4, 5, 6].  Raises ValueError."""
     indices: list[int] = []
     for part in text.replace(" ", "").split(","):
         first, _, last = part.partition("-")
-        indices += range(int(first), int(last or first) + 1)
+        last = int(last or first)
+        if last >= MOST_BLOCKS:
+            raise ValueError(f"block {last}")
+        indices += range(int(first), last + 1)
     return indices
 
 
@@ -380,7 +387,7 @@ def _toml(value: Any) -> str:
     if isinstance(value, list | tuple):
         return "[" + ", ".join(_toml(one) for one in value) + "]"
     text = json.dumps(value, ensure_ascii=False)
-    return check_whole(text, f"{value!r}").replace("\x7f", "\\u007f")
+    return check_whole(text, quoted(value)).replace("\x7f", "\\u007f")
 
 
 def _escape(letter: re.Match[str]) -> str:

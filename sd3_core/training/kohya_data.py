@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..errors import cut, quoted
+
 # Arguments that are called otherwise in a dataset_config.
 RENAMED_ARGUMENTS = {
     "train_batch_size": "batch_size",
@@ -76,13 +78,13 @@ def merged_subsets(
 
 def _table(name: str, value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"{name} is {value!r}; sd-scripts has no such value.")
+        raise ValueError(f"{name} is {quoted(value)}; sd-scripts has no such value.")
     return value
 
 
 def _list(name: str, value: Any) -> Sequence[Any]:
     if not isinstance(value, list):
-        raise ValueError(f"{name} is {value!r}; sd-scripts has no such value.")
+        raise ValueError(f"{name} is {quoted(value)}; sd-scripts has no such value.")
     return value
 
 
@@ -106,9 +108,11 @@ def numbered_folders(name: str, home: str, prior: bool, told: list[str]) -> list
         subset = {"image_dir": folder.as_posix(), "num_repeats": repeats, "is_reg": prior}
         subsets.append({**subset, "class_tokens": words})
     if left_out:
-        told.append(f"{name} = {home}: without a number in front: {', '.join(left_out)}")
+        told.append(f"{name} = {cut(home)}: without a number in front: {cut(', '.join(left_out))}")
     if not subsets:
-        told.append(f"{name} = {home}: holds no folder such as 10_cat, and sd-scripts takes these")
+        told.append(
+            f"{name} = {cut(home)}: holds no folder such as 10_cat, and sd-scripts takes these"
+        )
     return subsets
 
 
@@ -125,7 +129,7 @@ def sources(subsets: Sequence[Subset], told: list[str]) -> list[dict[str, Any]]:
         source = _source(subset, told)
         if source is None:
             continue
-        place = os.path.realpath(source["path"])
+        shown, place = cut(source["path"]), os.path.realpath(source["path"])
         again = (subset.dataset, place) in met
         met.add((subset.dataset, place))
         if place not in known:
@@ -135,15 +139,15 @@ def sources(subsets: Sequence[Subset], told: list[str]) -> list[dict[str, Any]]:
         first, taken = known[place]
         differing = {"path": "", "repeats": 0}
         if again:
-            told.append(f"{subset.label}: {source['path']} is in this dataset already")
+            told.append(f"{subset.label}: {shown} is in this dataset already")
         elif taken | differing == source | differing:
             taken["repeats"] = taken.get("repeats", 1) + source.get("repeats", 1)
             told.append(
-                f"{subset.label}: {source['path']} is {first.label}, too, in one size here: its "
+                f"{subset.label}: {shown} is {first.label}, too, in one size here: its "
                 "repeats are added"
             )
         else:
-            told.append(f"{subset.label}: {source['path']} is {first.label}, with other settings")
+            told.append(f"{subset.label}: {shown} is {first.label}, with other settings")
     return data
 
 
@@ -153,7 +157,7 @@ def _source(subset: Subset, told: list[str]) -> dict[str, Any] | None:
         if name in settings:
             why = "captions are read beside the pictures, or from a metadata.jsonl"
             why = why if name == "metadata_file" else "there is no ControlNet in training"
-            told.append(f"{subset.label}: {name} = {settings[name]}: {why}")
+            told.append(f"{subset.label}: {name} = {cut(settings[name])}: {why}")
     if "image_dir" not in settings:
         told.append(f"{subset.label}: has no image_dir")
         return None
@@ -166,10 +170,12 @@ def _source(subset: Subset, told: list[str]) -> dict[str, Any] | None:
     ):
         value = settings.get(name)
         if value is not None and type(value) is not kind:
-            raise ValueError(f"{name} is {value!r}; sd-scripts has no such value.")
+            raise ValueError(f"{name} is {quoted(value)}; sd-scripts has no such value.")
     repeats = settings.get("num_repeats", 1)
     if repeats < 1:
-        told.append(f"{subset.label}: num_repeats = {repeats}: such a subset is left out, as there")
+        told.append(
+            f"{subset.label}: num_repeats = {cut(repeats)}: such a subset is left out, as there"
+        )
         return None
     source: dict[str, Any] = {"path": settings["image_dir"], "subfolders": False}
     if repeats != 1:

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..errors import cut
 from .config import TEXT_ENCODERS_STAY
 
 # What is always so here, or belongs to a way of working that there is not: no word about these.
@@ -115,4 +116,4 @@ def is_off(name: str, value: Any) -> bool:
 def unused(label: str, name: str, value: Any) -> str:
     """The line about a setting that is not used, and why."""
     reason = NOT_USED.get(name)
-    return f"{label} = {value}" + (f": {reason}" if reason else "")
+    return f"{label} = {cut(value)}" + (f": {reason}" if reason else "")

@@ -156,6 +156,8 @@ def fit(
 
 def _resume(learner: Learner, run: Run, world: World, say: OnNote) -> None:
     state = run.newest()
+    for told in run.damaged.values():
+        say(f"{run.name}: a saved state is passed over: {told}")
     step = world.share(-1 if state is None else state.step)
     if state is not None and state.step != step:
         raise CheckpointError(
@@ -166,6 +168,7 @@ def _resume(learner: Learner, run: Run, world: World, say: OnNote) -> None:
         learner.restore(state)
         say(f"{run.name}: goes on from step {state.step}")
     if world.first:
+        run.put_aside()
         run.rewind(step, learner.looked)
     world.wait()
 

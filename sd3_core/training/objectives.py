@@ -21,6 +21,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from ..errors import quoted
 from ..samplers import OnStep, euler, report
 from ..schedule import ALWAYS, Schedule, Window, add_noise, per_image, shifted
 from .densities import Density, LogitNormal, Truncated, Uniform, read_call
@@ -115,7 +116,8 @@ class RectifiedFlow(Objective):
     def __post_init__(self):
         if self.loss_space not in get_args(LossSpace):
             raise ValueError(
-                f"loss_space is {self.loss_space!r}; choose velocity (the paper's), x0 or eps."
+                f"loss_space is {quoted(self.loss_space)}; choose velocity (the paper's), x0 or "
+                "eps."
             )
         if not (
             self.window.low < self.window.high and self.window.low < 1 and self.window.high > 0

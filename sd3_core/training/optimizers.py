@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, quoted
 from .config import LoopConfig
 from .muon import Muon
 
@@ -33,7 +33,7 @@ def optimizer_package(config: LoopConfig) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ValueError(
-            f"optimizer is {config.optimizer!r}, which needs the package {module} "
+            f"optimizer is {quoted(config.optimizer)}, which needs the package {module} "
             f"(pip install {module}); adamw, adafactor and muon need none."
         ) from error
 

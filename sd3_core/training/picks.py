@@ -11,18 +11,20 @@ import codecs
 import hashlib
 import math
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..checkpoints.save import save_bytes
+from ..errors import cut, quoted
 from ..plain_text import as_json, check_whole
-from .fields import read_fields
+from ..reading import read_regular
+from .fields import Fields, read_fields, whole
 from .order import shuffled
 from .preferences import PREFERENCES
 
@@ -30,7 +32,10 @@ CANDIDATES, PICTURES = "candidates.jsonl", "pictures"
 FEWEST, MOST = 2, 4  # pictures of a group
 OF_EACH = ("arms", "models", "places")  # what a group may tell of each of its pictures
 LARGEST = 2**26  # bytes of either file; beyond, nothing is appended
+MOST_READ = 2 * LARGEST
 Z95 = 1.959964  # of the normal distribution: 95 % lie within
+
+T = TypeVar("T")
 
 # Votes come from the server's threads, candidates from the queue's: what is appended must still fit
 # what was read.
@@ -92,18 +97,24 @@ class Picks:
     # What there is
 
     def groups(self) -> dict[str, Group]:
-        lines = _lines(self.folder / CANDIDATES)
-        return {line["id"]: _group(line) for line in lines}
+        groups, _ = _read(self.folder / CANDIDATES, _group)
+        return {group.id: group for group in groups}
 
     def votes(self) -> dict[str, list[dict[str, Any]]]:
         """The lines of every vote that stands, by group, oldest first."""
         standing: dict[str, list[dict[str, Any]]] = {}
-        for line in _lines(self.folder / PREFERENCES):
+        for line in self._lines():
             if "undo" in line:
                 standing.pop(str(line["undo"]).rpartition(":")[0], None)
             elif "group" in line:
                 standing.setdefault(line["group"], []).append(line)
         return standing
+
+    def passed_over(self) -> list[str]:
+        """Lines that say nothing, torn by a crash or by another hand: where, and why."""
+        _, of_candidates = _read(self.folder / CANDIDATES, _group)
+        _, of_votes = _read(self.folder / PREFERENCES, _vote)
+        return of_candidates + of_votes
 
     def open_groups(self) -> list[Group]:
         done = self.votes()
@@ -199,7 +210,7 @@ class Picks:
             group = self.groups().get(name)
             if group is None or group.is_equal or name in self.votes():
                 what = "there is no such group" if group is None else "it is decided already"
-                raise PickRefused(f"group {name!r}: {what}.")
+                raise PickRefused(f"group {quoted(name)}: {what}.")
             lines = decide(group)
             known = {
                 "group": name,
@@ -208,7 +219,7 @@ class Picks:
                 "model": group.model,
             }
             # An undone vote's ids must not come back: the undo line would take them too.
-            turn = sum(line.get("group") == name for line in _lines(self.folder / PREFERENCES))
+            turn = sum(line.get("group") == name for line in self._lines())
             self._append(
                 PREFERENCES,
                 [
@@ -224,10 +235,12 @@ class Picks:
             paths = [f"{PICTURES}/{picture}" for picture in group.pictures]
             return [{verdict: paths, **{name: list(each) for name, each in _of_each(group)}}]
         if verdict:
-            raise PickRefused(f"verdict is {verdict!r}; choose tie or skip, or name the best.")
+            raise PickRefused(
+                f"verdict is {quoted(verdict)}; choose tie or skip, or name the best."
+            )
         for picture in filter(None, (best, worst)):
             if picture not in group.pictures:
-                raise PickRefused(f"{picture!r} is no picture of group {group.id}.")
+                raise PickRefused(f"{quoted(picture)} is no picture of group {group.id}.")
         if not best or best == worst:
             raise PickRefused("name the best picture, and another one as the worst, if any.")
         others = [one for one in group.pictures if one not in (best, worst)]
@@ -270,6 +283,9 @@ class Picks:
         arms.sort(key=lambda arm: -won.count(arm))
         ties = sum("tie" in line for line in lines) + sum(group.is_equal for group in groups)
         return compare((arms[0], arms[1]), (won.count(arms[0]), won.count(arms[1])), ties)
+
+    def _lines(self) -> list[dict[str, Any]]:
+        return _read(self.folder / PREFERENCES, _vote)[0]
 
     def _now(self) -> str:
         return time.strftime("%Y-%m-%dT%H:%M:%S", time.localtime(self.clock()))
@@ -326,18 +342,25 @@ def compare(arms: tuple[str, str], wins: tuple[int, int], ties: int) -> Comparis
     )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    """The fields of the lines of a .jsonl file; torn lines are left out."""
+def _read(path: Path, check: Callable[[Fields], T]) -> tuple[list[T], list[str]]:
+    """What `check` makes of each line of a .jsonl file; and the lines that are passed over.
+
+    One odd line must not take the others with it, whoever wrote it.
+    """
     try:
-        data = path.read_bytes().removeprefix(codecs.BOM_UTF8)  # an editor's
+        data = read_regular(path, MOST_READ).removeprefix(codecs.BOM_UTF8)  # an editor's
         texts = data.split(b"\n")  # a prompt may hold what else parts lines
     except FileNotFoundError:
-        return []
-    found = []
-    for text in texts:
-        with suppress(ValueError, RecursionError):
-            found.append(read_fields(text.decode(), "{...}"))
-    return found
+        return [], []
+    found, passed = [], []
+    for number, text in enumerate(texts, 1):
+        if not text.strip():
+            continue
+        try:
+            found.append(check(read_fields(text.decode(), "those that are written here")))
+        except (ValueError, RecursionError) as error:
+            passed.append(f"{path.name}:{number}: {cut(error)}")
+    return found, passed
 
 
 def _of_each(group: Group) -> list[tuple[str, Sequence[Any]]]:
@@ -346,7 +369,55 @@ def _of_each(group: Group) -> list[tuple[str, Sequence[Any]]]:
 
 
 def _group(line: Mapping[str, Any]) -> Group:
+    """Raises ValueError for a line of which another program or hand has made something else."""
     known = {name: line[name] for name in Group.__dataclass_fields__ if name in line}
-    group = Group(**known)
-    lists = {name: tuple(getattr(group, name)) for name in ("pictures", *OF_EACH)}
-    return replace(group, **lists)
+    if not {"id", "prompt", "pictures"} <= known.keys():
+        raise ValueError("id, prompt or pictures is missing")
+    for name in ("id", "prompt", "model", "time"):
+        _check(name, known.get(name, ""), _is_text)
+    _check("id", known["id"], bool)
+    if "seed" in known:
+        _check("seed", known["seed"], lambda seed: whole(seed) is not None)
+        known["seed"] = whole(known["seed"])
+    pictures = known["pictures"]
+    _check("pictures", pictures, lambda names: _is_list(names, _is_name))
+    _check("pictures", pictures, lambda names: FEWEST <= len(names) <= MOST)
+    for name in OF_EACH:
+        of_one = _is_place if name == "places" else _is_text
+        each = known.get(name, [])
+        _check(name, each, lambda each, of_one=of_one: _is_list(each, of_one))
+        _check(name, each, lambda each: len(each) in (0, len(pictures)))
+        known[name] = tuple(each)
+    return Group(**{**known, "pictures": tuple(pictures)})
+
+
+def _vote(line: dict[str, Any]) -> dict[str, Any]:
+    """Raises ValueError as _group does; lines of other programs pass, they are no votes."""
+    if "undo" not in line and "group" in line:
+        group, arms = line["group"], line.get("arms", [])
+        _check("group", group, _is_text)
+        _check("id", line.get("id"), lambda name: _is_text(name) and name.startswith(f"{group}:"))
+        _check("arms", arms, lambda arms: _is_list(arms, _is_text))
+    return line
+
+
+def _check(name: str, value: Any, fits: Callable[[Any], bool]) -> None:
+    if not fits(value):
+        raise ValueError(f"{name} is {quoted(value)}")
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and not re.search("[\ud800-\udfff]", value)  # half characters
+
+
+def _is_name(value: Any) -> bool:
+    """Of a file in pictures/, which it does not leave."""
+    return isinstance(value, str) and re.fullmatch(r"\w[\w.-]*", value) is not None
+
+
+def _is_place(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+def _is_list(value: Any, of_one: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and all(map(of_one, value))

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..decode import RULES, decode
+from ..reading import LARGEST_PICTURE, read_regular
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class FilePicture:
     def read(self) -> Pixels:
         """Decode, crop, scale.  Raises ValueError when the file is not what it was."""
         try:
-            data = self.path.read_bytes()
+            data = read_regular(self.path, LARGEST_PICTURE)
         except OSError as error:
             raise ValueError(f"{self.path}: cannot be read ({error.strerror or error}).") from error
         if hashlib.sha256(data).hexdigest() != self.digest:

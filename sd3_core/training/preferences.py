@@ -18,7 +18,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..errors import quoted
 from ..plain_text import Decoded, check_whole, decode_text
+from ..reading import LARGEST_TEXT, read_regular
 from .dataset import Dataset, Item
 from .fields import Fields, first_of, flag_of, id_of, read_fields
 from .folders import (
@@ -330,7 +332,7 @@ class _Lines:
         if undone is not None:
             kept = [one for one in self.said if one[0] != undone]
             if len(kept) == len(self.said):
-                reason = f"it takes back {undone!r}, which is the id of no line above"
+                reason = f"it takes back {quoted(undone)}, which is the id of no line above"
                 self.skipped.append(Skipped(f"{PREFERENCES}:{number}", reason))
             self.said = kept
         elif _named(fields, "skip") or flag_of(fields, "has_label") is False:
@@ -351,13 +353,13 @@ class _Lines:
         column, told = first_of(fields, PROMPT)
         prompt = fields.get(column, "")
         if not isinstance(prompt, str):
-            raise ValueError(f"{column} is {prompt!r}; expected text")
+            raise ValueError(f"{column} is {quoted(prompt)}; expected text")
         check_whole(prompt, "the prompt")
         self.told.update([told] if told else [])
         if "label_0" in fields:
             first, second = _name(fields, "jpg_0"), _name(fields, "jpg_1")
             if fields["label_0"] not in (0, 1):
-                raise ValueError(f"label_0 is {fields['label_0']!r}; expected 0, 1 or 0.5")
+                raise ValueError(f"label_0 is {quoted(fields['label_0'])}; expected 0, 1 or 0.5")
             chosen, rejected = (first, second) if fields["label_0"] == 1 else (second, first)
         else:
             chosen, rejected = _name(fields, CHOSEN), _name(fields, REJECTED)
@@ -385,7 +387,7 @@ def read_pairs(file: Path) -> PairListing:
     A line that is no JSON at all is skipped: a crash may have torn it, and the others still count.
     """
     try:
-        data = file.read_bytes()
+        data = read_regular(file, LARGEST_TEXT)
         if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):  # an editor's
             data = decode_text(data).text.encode()
     except OSError as error:

@@ -15,6 +15,7 @@ import json
 import os
 import re
 import time
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -25,18 +26,23 @@ import torch
 from torch import Tensor
 
 from ..checkpoints.header import read_header
-from ..checkpoints.save import save_bytes, save_tensors
+from ..checkpoints.save import save_bytes, save_tensors, writing
 from ..checkpoints.tensors import read_tensors
-from ..errors import CheckpointError
+from ..errors import CheckpointError, cut, quoted
 from ..plain_text import as_json
+from ..reading import LARGEST_TEXT, open_regular, read_regular
 from .contents import Contents, changes, read_contents, write_contents
+from .entries import checksum
 
 FORMAT = 1
 LOG = "log.jsonl"
 LONGEST_NAME = 100
+LONGEST_BYTES = 190  # a file's name has 255, and what is written in the folder adds to its own
 _STATE = re.compile(r"step-(\d{8})\.safetensors")
 _LEFT_BEHIND = re.compile(r"\..*\.part|.*\.tmp")  # of a process that was killed while writing
-_RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)  # Windows' own names
+_RESERVED = re.compile(  # Windows' own names; to it com¹ is one, too
+    r"(con|prn|aux|nul|(com|lpt)[\d\u00b9\u00b2\u00b3]) *(\..*)?", re.IGNORECASE
+)
 
 
 class RunRefused(ValueError):
@@ -61,7 +67,9 @@ def run_folder(output: Path, name: str) -> Path:
     home = output / "sd3"
     nearest = next(path for path in (home, *home.absolute().parents) if path.exists())
     if not nearest.is_dir():
-        raise ValueError(f"output is {str(output)!r}, but {nearest} is a file; name a folder.")
+        raise ValueError(
+            f"output is {quoted(str(output))}, but {nearest} is a file; name a folder."
+        )
     return named_folder(home, name, "run_name")
 
 
@@ -71,10 +79,11 @@ def named_folder(home: Path, name: str, what: str) -> Path:
     what: the setting that the name comes from.  Raises ValueError.
     """
     plain = re.fullmatch(r"\w[\w .+-]*", name) and name == name.rstrip(" .")
-    if not plain or len(name) > LONGEST_NAME or _RESERVED.fullmatch(name):
+    if not plain or len(name) > LONGEST_NAME or not is_usable_name(name):
         raise ValueError(
-            f"{what} is {name!r}; use letters, digits, spaces and _ - + . (up to {LONGEST_NAME}, "
-            "beginning with a letter or digit): it becomes a folder."
+            f"{what} is {quoted(name)}; use letters, digits, spaces and _ - + . (up to "
+            f"{LONGEST_NAME}, {LONGEST_BYTES} bytes, beginning with a letter or digit): it becomes "
+            "a folder."
         )
     folder = home / name
     if folder.resolve().parent != home.resolve():
@@ -82,10 +91,21 @@ def named_folder(home: Path, name: str, what: str) -> Path:
     return folder
 
 
+def is_usable_name(name: str) -> bool:
+    """Whether files of this name, with endings, can be made on every system."""
+    short = len(name.encode(errors="replace")) <= LONGEST_BYTES
+    return short and not _RESERVED.fullmatch(name)
+
+
 def plain_name(text: str) -> str:
     """The nearest name that named_folder takes."""
-    name = re.sub(r"[^\w .+-]", "_", text).lstrip(" .+-")[:LONGEST_NAME].rstrip(" .")
-    return f"_{name}"[:LONGEST_NAME].rstrip(" .") if _RESERVED.fullmatch(name) else name or "run"
+    name = _short(re.sub(r"[^\w .+-]", "_", text).lstrip(" .+-"))
+    return _short(f"_{name}") if _RESERVED.fullmatch(name) else name or "run"
+
+
+def _short(name: str) -> str:
+    within = name[:LONGEST_NAME].encode()[:LONGEST_BYTES].decode(errors="ignore")
+    return within.rstrip(" .")
 
 
 class Run:
@@ -94,6 +114,7 @@ class Run:
     def __init__(self, folder: Path):
         self.folder = folder
         self.lines: list[dict[str, Any]] = []  # of the log
+        self.damaged: dict[Path, str] = {}  # states that `newest` could not read, and why
         self._log: IO[str] | None = None
 
     @property
@@ -133,7 +154,7 @@ class Run:
                 lines.append(f"steps: {known['steps']} -> {steps} ({reached} are done already)")
             if lines:
                 raise RunRefused(
-                    f"there is a run named {self.name!r} with other settings:\n  "
+                    f"there is a run named {quoted(self.name)} with other settings:\n  "
                     + "\n  ".join(lines)
                     + f"\nGive this one another run_name, take the old settings back, or delete "
                     f"{self.folder}."
@@ -179,12 +200,13 @@ class Run:
                 raise RunRefused(f"{path}: is missing, so its states belong to unknown settings.")
             return None
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
+            config = json.loads(read_regular(path, LARGEST_TEXT))
             if not (isinstance(config["steps"], int) and isinstance(config["identity"], dict)):
                 raise TypeError("steps or identity is of the wrong kind")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise RunRefused(
-                f"{path}: is damaged ({error}). Give another run_name, or delete {self.folder}."
+                f"{path}: is damaged ({cut(error)}). Give another run_name, or delete "
+                f"{self.folder}."
             ) from error
         if config.get("format") != FORMAT:
             raise RunRefused(f"{path}: was written by another version of this program.")
@@ -204,8 +226,11 @@ class Run:
         Raises CheckpointError when it cannot be written; the older states are untouched then.
         """
         path = self.folder / "state" / f"step-{state.step:08}.safetensors"
-        values = json.dumps({"format": FORMAT, "step": state.step, **state.values}, sort_keys=True)
-        save_tensors(path, state.tensors, {"sd3_workbench.state": values})
+        values = {"format": FORMAT, "step": state.step, **state.values}
+        values = json.loads(json.dumps(values))  # as it will be read
+        values["crc32"] = _checksum(values, state.tensors)
+        text = json.dumps(values, sort_keys=True)
+        save_tensors(path, state.tensors, {"sd3_workbench.state": text})
         states = self.states()
         for step in sorted(states)[:-keep]:
             if step != best:
@@ -216,17 +241,28 @@ class Run:
     def newest(self) -> State | None:
         """The newest state that can be read; None at the beginning of a run.
 
-        Raises CheckpointError when there are states and none can be read.
+        Those above it are in `damaged` then.  Raises CheckpointError when there are states and none
+        can be read.
         """
-        fault: CheckpointError | None = None
+        self.damaged = {}
         for path in reversed(self.states().values()):
             try:
                 return read_state(path)
             except CheckpointError as error:  # a disk that lost power may leave a file short
-                fault = error
-        if fault is not None:
-            raise CheckpointError(f"{self.folder}: no saved state can be read ({fault})")
+                self.damaged[path] = str(error)
+        if self.damaged:
+            raise CheckpointError(
+                f"{self.folder}: no saved state can be read ({next(iter(self.damaged.values()))}) "
+                f"Put a copy of one into {self.folder / 'state'}, or delete {self.folder} to begin "
+                "anew."
+            )
         return None
+
+    def put_aside(self) -> None:
+        """Rename the damaged states, so that they do not count as saved and nothing is lost."""
+        for path in self.damaged:
+            with suppress(OSError):
+                path.replace(path.with_name(f"{path.name}.damaged"))
 
     # Log
 
@@ -247,15 +283,18 @@ class Run:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line to the log."""
-        if self._log is None:
-            self._log = (self.folder / LOG).open("a", encoding="utf-8", buffering=1)
-        self._log.write(json.dumps(line) + "\n")
+        path = self.folder / LOG
+        with writing(path):
+            if self._log is None:
+                self._log = path.open("a", encoding="utf-8", buffering=1)
+            self._log.write(json.dumps(line) + "\n")
         self.lines.append(dict(line))
 
     def close_log(self) -> None:
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        log, self._log = self._log, None
+        if log is not None:
+            with writing(self.folder / LOG):
+                log.close()
 
 
 def _number(name: re.Match[str]) -> int:
@@ -268,27 +307,45 @@ def read_log(folder: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     found = []
-    for text in path.read_text(encoding="utf-8", errors="replace").splitlines():
+    with open_regular(path) as file:  # a long run's may be of any size
+        texts = file.read().decode(errors="replace").splitlines()
+    for text in texts:
         try:
             line = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
-        if isinstance(line, dict) and isinstance(line.get("step"), int):
+        if isinstance(line, dict) and type(line.get("step")) is int:
             found.append(line)
     return found
 
 
 def read_state(path: Path) -> State:
     """A saved state, in memory.  Raises CheckpointError."""
-    header = read_header(path)
+    try:
+        header = read_header(path)
+        tensors = read_tensors(header)
+    except CheckpointError as error:
+        # It was written here: there is nothing to download.
+        raise CheckpointError(re.sub(r" Download [^.]*\.$", "", str(error))) from error
     try:
         values = json.loads(header.metadata["sd3_workbench.state"])
+        stored = values.pop("crc32", None)  # older states have none
+        if stored is not None and stored != _checksum(values, tensors):
+            raise ValueError("its checksum does not fit")
         step, version = values.pop("step"), values.pop("format")
-    except (KeyError, ValueError) as error:
-        raise CheckpointError(f"{path}: is no state of a run ({error}).") from error
+        if type(step) is not int:
+            raise ValueError(f"step is {quoted(step)}")
+    except (KeyError, ValueError, AttributeError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: is damaged, or no state of a run ({error}).") from error
     if version != FORMAT:
         raise CheckpointError(f"{path}: was written by another version of this program.")
-    return State(step, read_tensors(header), values)
+    return State(step, tensors, values)
+
+
+def _checksum(values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> int:
+    """CRC-32 of a state; `values` as they are stored, without it."""
+    text = json.dumps(values, sort_keys=True)
+    return zlib.crc32(text.encode(), checksum({k: t.detach().cpu() for k, t in tensors.items()}))
 
 
 def _shown(value: Any) -> str:
@@ -327,15 +384,18 @@ def sweep(paths: Iterable[Path]) -> None:
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold a lock that the system itself takes back when the process ends, however it ends."""
-    with path.open("a+", encoding="utf-8") as file:
+    with writing(path):
+        file = path.open("a+", encoding="utf-8")
+    with file:
         if not _lock(file):
             raise RunRefused(
-                f"the run {path.parent.name!r} is being trained by another process"
+                f"the run {quoted(path.parent.name)} is being trained by another process"
                 f"{_holder(path)}. Wait for it, or stop it."
             )
-        path.with_name("lock.txt").write_text(
-            f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}", encoding="utf-8"
-        )
+        with writing(holder := path.with_name("lock.txt")):
+            holder.write_text(
+                f"process {os.getpid()} since {time.strftime('%Y-%m-%d %H:%M')}", encoding="utf-8"
+            )
         try:
             yield
         finally:

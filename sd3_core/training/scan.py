@@ -7,18 +7,28 @@ dataset it takes minutes, hence the memory.
 import hashlib
 import json
 import os
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ..decode import RULES, decode
+import torch
+
+from ..checkpoints.save import save_bytes
+from ..decode import BYTES, RULES, decode, pixels_in
+from ..errors import CheckpointError
+from ..memory import free_memory, trim_heap
+from ..reading import LARGEST_PICTURE, LARGEST_TEXT, open_regular, read_regular, reason
 from .duplicates import perceptual_hash
 
 WORKERS = 8  # threads at most; decoders let go of Python's lock, and each holds a whole picture
+SHARE = 0.5  # of the free memory, for pictures being looked at
+VAST = 2**30  # bytes that a picture takes; what they leave in the heap would add up
+UNKNOWN_MEMORY = 2.0 * 2**30  # bytes, where nobody tells
 SETTLED = 2e9  # ns; a younger file may change again without a new time of change
 
 
@@ -38,10 +48,10 @@ class Facts:
 def look_at(path: Path) -> Facts:
     """Decode a file; nothing that is wrong with it raises."""
     try:
-        data = path.read_bytes()
+        data = read_regular(path, LARGEST_PICTURE)
         picture = decode(data)
     except OSError as error:
-        return Facts(fault=f"it cannot be read ({error.strerror or error})")
+        return Facts(fault=f"it cannot be read ({reason(error)})")
     except ValueError as error:
         return Facts(fault=str(error))
     return Facts(
@@ -66,9 +76,17 @@ def look_at_all(
     """
     known = _recall(memory)
     marks = [_mark(path) for path in paths]
+    budget = Budget((free_memory(torch.device("cpu")) or UNKNOWN_MEMORY) * SHARE)
 
     def facts(path: Path, mark: str | None) -> Facts:
-        return known.get(mark or "") or look_at(path)
+        if (one := known.get(mark or "")) is not None:
+            return one
+        size = _memory_for(path)
+        with budget.holding(size):
+            one = look_at(path)
+            if size > VAST:
+                trim_heap()
+            return one
 
     result: list[Facts] = []
     try:
@@ -85,6 +103,36 @@ def look_at_all(
         if memory is not None and not new.items() <= known.items():
             _remember(memory, {**known, **new})
     return result
+
+
+class Budget:
+    """So many bytes that threads may take in all; one alone may take more."""
+
+    def __init__(self, most: float):
+        self.most, self.taken, self.changed = most, 0.0, threading.Condition()
+
+    @contextmanager
+    def holding(self, size: float) -> Iterator[None]:
+        """Wait until they are there, and give them back afterwards."""
+        size = min(size, self.most)
+        with self.changed:
+            self.changed.wait_for(lambda: self.taken + size <= self.most)
+            self.taken += size
+        try:
+            yield
+        finally:
+            with self.changed:
+                self.taken -= size
+                self.changed.notify_all()
+
+
+def _memory_for(path: Path) -> float:
+    """Bytes that it takes to look at a file, about."""
+    try:
+        with open_regular(path) as file:
+            return os.fstat(file.fileno()).st_size + BYTES * pixels_in(file)
+    except OSError:
+        return 0.0
 
 
 def _mark(path: Path) -> str | None:
@@ -104,20 +152,14 @@ def _recall(memory: Path | None) -> dict[str, Facts]:
     if memory is None:
         return {}
     try:
-        stored: Any = json.loads(memory.read_text(encoding="utf-8"))
+        stored: Any = json.loads(read_regular(memory, LARGEST_TEXT))
         return {mark: Facts(**fields) for mark, fields in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
         return {}
 
 
 def _remember(memory: Path, known: dict[str, Facts]) -> None:
     """Written whole or not at all; a full disk only costs the time of looking again."""
-    temporary = memory.with_name(f"{memory.name}.{os.getpid()}.part")
-    try:
-        memory.parent.mkdir(parents=True, exist_ok=True)
-        text = json.dumps({mark: asdict(facts) for mark, facts in known.items()})
-        temporary.write_text(text, encoding="utf-8")
-        os.replace(temporary, memory)
-    except OSError:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    text = json.dumps({mark: asdict(facts) for mark, facts in known.items()})
+    with suppress(CheckpointError):
+        save_bytes(memory, text.encode(), aside=False)

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checkpoints.layouts import Component
 from ..checkpoints.load import load_clip, load_vae, read_config
 from ..checkpoints.stored import Part
+from ..errors import quoted
 from ..generate import stored_files
 from ..models.vae import VAE, Posterior
 from ..precision import CLIP_DTYPE, check_finite
@@ -88,7 +89,7 @@ def _rows_of_t5(t5_length: int | str, window: int) -> int:
     if t5_length == "auto":
         return window
     if not isinstance(t5_length, int) or t5_length < 1:
-        raise ValueError(f"t5_length is {t5_length!r}; expected auto or a number of tokens.")
+        raise ValueError(f"t5_length is {quoted(t5_length)}; expected auto or a number of tokens.")
     return t5_length
 
 

@@ -17,6 +17,7 @@ from .. import lora
 from ..checkpoints.header import read_header
 from ..checkpoints.layouts import Component
 from ..checkpoints.load import component_of, load_mmdit
+from ..checkpoints.save import check_room
 from ..lora import TrainableLoRA
 from ..memory import explained, free_memory
 from ..models.mmdit import MMDiT
@@ -133,7 +134,7 @@ def train(
             return outcome
         config = with_new_mmdit(config, subject, run, world)
         cache = model_cache_of(config, place, say)
-        check_room(config, subject, cache.layout.length, place)
+        check_memory(config, subject, cache.layout.length, place)
         pictures = None
         with explained("encoding pictures and captions", *ENCODING_SAVINGS):
             if world.first and config.sample_every:
@@ -240,7 +241,7 @@ def model_cache_of(config: TrainConfig, place: Place, say: OnNote = ignore) -> C
     )
 
 
-def check_room(config: TrainConfig, subject: Subject, text_tokens: int, place: Place) -> None:
+def check_memory(config: TrainConfig, subject: Subject, text_tokens: int, place: Place) -> None:
     """Before the encoders work: refuse a run that would not fit without its frozen weights either.
 
     Those may lie on another device, or in their mapped file, until the network is loaded; tell_plan
@@ -366,3 +367,8 @@ def tell_plan(
         say(line)
     loaded = estimate.weights + sum(parameter.nbytes for parameter in parameters.values())
     check_fits(estimate, min(loaded, estimate.total), free, config)
+    if world.first:
+        saves = 1 + (config.steps - plan.done) // config.checkpoint_every
+        # Those kept, the best one, and one that is written before the oldest is dropped.
+        states = min(saves, max(config.keep + 2 - len(run.states()), 1))
+        check_room(run.folder, states * estimate.trained)

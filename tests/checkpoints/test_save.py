@@ -2,6 +2,10 @@
 
 import errno
 import os
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +15,14 @@ from sd3_pack.sd3_core.checkpoints import load
 from sd3_pack.sd3_core.checkpoints.header import DTYPES, read_header
 from sd3_pack.sd3_core.checkpoints.layouts import find_components
 from sd3_pack.sd3_core.checkpoints.load import load_mmdit, load_t5, read_state_dict
-from sd3_pack.sd3_core.checkpoints.save import export_checkpoint, save_bytes, save_tensors
+from sd3_pack.sd3_core.checkpoints.save import (
+    ABANDONED,
+    export_checkpoint,
+    save_bytes,
+    save_tensors,
+    sweep,
+    temporary_name,
+)
 from sd3_pack.sd3_core.checkpoints.tensors import map_tensors, read_bytes
 from sd3_pack.sd3_core.errors import CheckpointError
 from tiny import (
@@ -23,6 +34,16 @@ from tiny import (
     write_tiny_checkpoint,
 )
 from tiny_tokenizers import write_tiny_tokenizers
+
+WRITE = """
+import sys, types
+pack = types.ModuleType("sd3_pack"); pack.__path__ = [sys.argv[1]]; sys.modules["sd3_pack"] = pack
+from sd3_pack.sd3_core.checkpoints import save
+import os
+os.replace = lambda *paths: print("written", flush=True) or sys.stdin.read()
+save.save_bytes(sys.argv[2], b"half")
+"""
+PACK = Path(__file__).parent.parent.parent
 
 TENSORS = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(5, dtype=torch.uint8)}
 
@@ -167,3 +188,42 @@ def test_scaled_fp8_is_exported_with_its_scales(tmp_path, spelling, loaded, monk
 def test_an_unknown_network_is_refused(tmp_path):
     with pytest.raises(ValueError, match="unknown network 'unet'"):
         export_checkpoint(tmp_path / "x.safetensors", {"unet": torch.nn.Linear(1, 1)})
+
+
+@pytest.mark.skipif(os.name == "nt", reason="there no process can be asked whether it lives")
+def test_what_a_killed_process_was_writing_is_swept_at_the_next_start(tmp_path):
+    command = [sys.executable, "-c", WRITE, str(PACK), str(tmp_path / "one")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as writer:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"written\n"
+        (part,) = tmp_path.iterdir()
+        sweep(tmp_path)
+        assert part.exists()  # it is being written
+        writer.kill()
+        writer.wait()
+    assert part.exists()
+    save_bytes(tmp_path / "two", b"whole")  # the first that this process writes there
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
+
+
+def test_only_what_is_ours_and_abandoned_is_swept(tmp_path):
+    other = ".x.safetensors.00000000-1.part"  # of another machine
+    names = (
+        temporary_name("mine"),
+        other,
+        ".x.png.4000000.part",
+        ".x.part",
+        "x.1.part",
+        ".x.y.part",
+    )
+    for name in names:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / ".folder.00000000-1.part").mkdir()
+    (tmp_path / ".folder.00000000-1.part" / "inside").write_bytes(b"")
+    sweep(tmp_path)
+    assert len(list(tmp_path.iterdir())) == 7
+    for path in tmp_path.iterdir():
+        os.utime(path, (time.time() - ABANDONED - 60,) * 2)
+    sweep(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {".x.part", "x.1.part", ".x.y.part"}
+    sweep(tmp_path / "gone")

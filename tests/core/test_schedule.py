@@ -242,7 +242,7 @@ def test_an_unknown_scheduler_is_told_the_known_ones():
 
 @pytest.mark.parametrize("shift", [0, -3.0, math.inf, math.nan])
 def test_a_shift_that_is_no_positive_number_is_an_error(shift):
-    with pytest.raises(ValueError, match=rf"shift is {shift}; it must be a number above 0"):
+    with pytest.raises(ValueError, match=r"shift is .*; it must be a number above 0"):
         Schedule(shift)
 
 

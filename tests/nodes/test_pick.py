@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import threading
 from dataclasses import replace
 
 import pytest
@@ -11,6 +12,7 @@ from aiohttp.test_utils import TestClient, TestServer
 from sd3_pack.nodes import pick
 from sd3_pack.nodes.errors import NodeError
 from sd3_pack.nodes.pick import SD3Pick
+from sd3_pack.nodes.threads import _WAITING, MOST_WAITING
 from sd3_pack.nodes.wires import ATTACHMENT, Origin
 from sd3_pack.sd3_core.embedded.captions import short_caption
 from sd3_pack.sd3_core.embedded.render import draw
@@ -429,6 +431,40 @@ def test_a_flood_stays_small(output):
     assert len(lines) == 1
 
 
+def test_abandoned_requests_hold_no_thread_but_ours(output, monkeypatch):
+    """The event loop's own threads stay free, and who asks too much is told so."""
+    monkeypatch.setattr(pick, "state", lambda picks, reveal: stuck.wait(60) and {})
+    stuck = threading.Event()
+    path = "/sd3_workbench/picks/mine"
+
+    async def run():
+        application = web.Application()
+        application.router.add_get(pick.ADDRESS, pick.show)
+        async with TestClient(TestServer(application)) as client:
+            asked = [asyncio.ensure_future(client.get(path)) for _ in range(MOST_WAITING)]
+            while len(_WAITING) < MOST_WAITING:
+                await asyncio.sleep(0.01)
+            beyond = await client.get(path)
+            told = await beyond.json()
+            assert await asyncio.wait_for(asyncio.to_thread(lambda: "at once"), 30) == "at once"
+            for one in asked[1:]:
+                one.cancel()  # nobody waits for these any more
+            stuck.set()
+            answered = await asked[0]
+            while _WAITING:
+                await asyncio.sleep(0.01)
+            after = await client.get(path)
+            return beyond, told, answered.status, after.status
+
+    try:
+        beyond, told, *others = asyncio.run(run())
+    finally:
+        stuck.set()
+    assert (beyond.status, beyond.headers["Retry-After"]) == (503, "2")
+    assert "too many requests" in told["error"]
+    assert others == [200, 200]
+
+
 @pytest.mark.parametrize("kind", ["text/plain", "application/x-www-form-urlencoded"])
 def test_another_pages_form_cannot_vote(kind):
     SD3Pick.execute(images(2), "mine", "x")
@@ -448,3 +484,18 @@ def test_votes_at_the_same_time_are_all_kept(output):
         list(threads.map(lambda group: picks.vote(group.id, best=group.pictures[0]), groups))
     lines = (output / "sd3_picks" / "mine" / "preferences.jsonl").read_text().splitlines()
     assert len({json.loads(line)["group"] for line in lines}) == 20
+
+
+@pytest.mark.parametrize("odd", ["{}", '{"group": []}', '{"pictures": 5}', "[" * 100_000])
+def test_an_odd_line_is_told_and_the_folder_stays_usable(output, odd):
+    SD3Pick.execute(images(2), "mine", "a")
+    for name in ("candidates.jsonl", "preferences.jsonl"):
+        with (output / "sd3_picks" / "mine" / name).open("a") as file:
+            file.write(odd + "\n")
+    status, state = ask()
+    assert status == 200
+    assert "passed over; the first: candidates.jsonl:2: " in state["problem"]
+    group = state["group"]
+    status, state = send({"group": group["id"], "best": group["pictures"][0]})
+    assert (status, state["decided"]) == (200, 1)
+    assert send({"undo": True})[1]["open"] == 1

@@ -1,5 +1,6 @@
 """The training nodes in process: runs, their outputs on ComfyUI's own nodes, what they refuse."""
 
+import errno
 import json
 import os
 import shutil
@@ -732,11 +733,97 @@ def test_a_root_may_be_a_link(places, tmp_path, monkeypatch):
             datasets.find_data(str(root))
 
 
+@pytest.mark.parametrize("inner", ["", "deep/er"])
+@pytest.mark.parametrize("what", ["folder", "picture", "caption", "metadata.jsonl"])
+def test_a_link_inside_a_folder_is_looked_at_as_the_folder_is(
+    places, tmp_path_factory, what, inner
+):
+    outside = write_pictures(tmp_path_factory.mktemp("outside"), 1)
+    write_pictures(nest := places / "input" / "nest" / inner, 1)
+    (other := places / "output" / "other").mkdir(parents=True)
+    targets = {"folder": outside, "picture": outside / "0.png"}
+    (nest / "fine").symlink_to(other, target_is_directory=True)
+    assert datasets.find_data("nest")
+    link = {"picture": "link.png", "caption": "0.txt"}.get(what, what)
+    (nest / link).unlink(missing_ok=True)
+    (nest / link).symlink_to(targets.get(what, outside / "0.txt"))
+    with pytest.raises(NodeError, match=rf"missing_file: nest: .*{link} in it is a link") as raised:
+        datasets.find_data("nest")
+    assert str(outside) not in str(raised.value)
+    assert datasets.folder_fault("nest") is not True
+    (other / "again").symlink_to(nest, target_is_directory=True)  # a circle
+    (nest / link).unlink()
+    assert datasets.find_data("nest")
+
+
+def test_a_link_that_a_list_of_pairs_names_is_looked_at(tiny_three, places, tmp_path_factory):
+    outside = write_pictures(tmp_path_factory.mktemp("outside"), 1)
+    home = write_pictures(places / "input" / "pairs", 2)
+    (home / "link.png").symlink_to(outside / "0.png")
+    lines = home / "mine.jsonl"
+    lines.write_text(json.dumps({"prompt": "x", "chosen": "0.png", "rejected": "1.png"}))
+    clip, vae = tiny_three[1:]
+    assert SD3Preferences.execute(clip, vae, "pairs/mine.jsonl")
+    lines.write_text(json.dumps({"prompt": "x", "chosen": "0.png", "rejected": "link.png"}))
+    with pytest.raises(NodeError, match=r"missing_file: pairs: link.png in it is a link"):
+        SD3Preferences.execute(clip, vae, "pairs/mine.jsonl")
+
+
 def test_a_link_out_of_the_folder_is_not_followed(places, tmp_path_factory):
     outside = write_pictures(tmp_path_factory.mktemp("outside"), 1)
     (places / "input" / "link").symlink_to(outside, target_is_directory=True)
     with pytest.raises(NodeError, match="missing_file"):
         datasets.find_data("link")
+
+
+@pytest.mark.parametrize(
+    ("prefix", "reason"),
+    [
+        ("../out", "leads out of the output folder"),
+        ("a/../../out", "leads out"),
+        ("file/out", "Not a directory"),
+        ("x" * 300, "too long"),
+        ("loras/" + "x" * 300 + "/a", "too long"),
+        ("猫" * 100, "too long"),
+        ("loras/com¹", "Windows keeps"),
+        ("", "too long, or"),
+    ],
+)
+def test_a_prefix_that_cannot_be_is_a_sentence_with_a_code(places, prefix, reason):
+    (places / "output" / "file").write_bytes(b"")
+    with pytest.raises(NodeError, match="SD3:bad_setting: filename_prefix is ") as raised:
+        SD3SaveLoRA.execute({"x": torch.zeros(1)}, prefix, "comfy", "fp16")
+    assert reason in str(raised.value)
+    assert str(places) not in str(raised.value)
+    assert len(str(raised.value)) < 500
+
+
+def test_a_disk_that_takes_no_pictures_is_a_sentence_with_a_code(tiny_three, places, monkeypatch):
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(places / "output/sd3/x.png"))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(NodeError) as raised:
+        SD3TrainingImages.execute(*tiny_three[1:], "", images=torch.rand(1, 64, 64, 3))
+    assert str(raised.value) == "SD3:bad_file: output/sd3/x.png: No space left on device."
+
+
+def test_an_error_tells_no_place_of_the_machine(places, tmp_path_factory):
+    import folder_paths
+
+    for place, shown in (
+        (places / "output" / "sd3" / "x", "output/sd3/x"),
+        (places / "input", "input"),
+        (Path(folder_paths.get_folder_paths("loras")[0]) / "x", "loras/x"),
+        (Path(folder_paths.base_path) / "custom_nodes" / "x", "custom_nodes/x"),
+    ):
+        told = str(NodeError("bad_file", f"{place}: is gone."))
+        assert told == f"SD3:bad_file: {shown}: is gone."
+    (places / "output" / "sd3").mkdir()
+    (places / "output" / "sd3" / "link").symlink_to(tmp_path_factory.mktemp("elsewhere"))
+    told = SD3TrainLoRA.validate_inputs("link")
+    assert told.startswith("SD3:bad_setting: output/sd3/link: is a link to another place")
+    assert str(places) not in str(SD3TrainingImages.validate_inputs("missing"))
 
 
 def test_folder_or_pictures_not_both_and_not_neither(tiny_three):

@@ -1,5 +1,6 @@
 """Ids and weights against ComfyUI's, and the laws of windows and padding."""
 
+import json
 import math
 
 import pytest
@@ -188,6 +189,64 @@ def test_broken_file_is_named_in_the_error(load):
     broken = TokenizerFiles("folder/of/tokenizer", {"tokenizer.json": lambda: b"{no json"})
     with pytest.raises(CheckpointError, match=r"folder/of/tokenizer: tokenizer.json cannot be rea"):
         load(broken)
+
+
+def described(tiny_folder, which: str, **changes) -> TokenizerFiles:
+    """The tiny T5's tokenizer.json, or a CLIP one of the same words, with entries changed."""
+    content = json.loads((tiny_folder / "t5" / "tokenizer.json").read_bytes())
+    if which == "clip":
+        content |= {
+            "model": {"type": "BPE", "vocab": clip_vocabulary(), "merges": []},
+            "added_tokens": [],
+            "pre_tokenizer": {"type": "WhitespaceSplit"},
+            "post_processor": None,
+            "normalizer": None,
+        }
+    model = content["model"] | changes.pop("model", {})
+    data = json.dumps(content | {"model": model} | changes).encode()
+    return TokenizerFiles("inside the checkpoint", {"tokenizer.json": lambda: data})
+
+
+LOAD = {"clip": lambda files: clip_tokenizer(files, "clip_l"), "t5": t5_tokenizer}
+DOUBLED = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+@pytest.mark.parametrize("which", LOAD)
+@pytest.mark.parametrize(
+    "normalizer",
+    [
+        {"type": "Precompiled", "precompiled_charsmap": "AAAA"},  # the library panics
+        {"type": "Sequence", "normalizers": [DOUBLED] * 40},  # 2**40 characters
+        {"type": "Sequence", "normalizers": [{"type": "NFC"}] * 9},
+        {"type": "Nothing"},
+        7,
+    ],
+)
+def test_a_normalizer_that_cannot_be_is_one_error(tiny_folder, which, normalizer):
+    with pytest.raises(CheckpointError, match=r"checkpoint: tokenizer.json cannot be read: "):
+        LOAD[which](described(tiny_folder, which, normalizer=normalizer))
+
+
+def test_a_text_that_the_file_cannot_encode_is_one_error(tiny_folder):
+    vocab = clip_vocabulary()
+    del vocab["q</w>"], vocab["q"]
+    clip = LOAD["clip"](
+        described(tiny_folder, "clip", model={"vocab": vocab, "unk_token": "no such token"})
+    )
+    with pytest.raises(CheckpointError, match=r"tokenizer.json cannot encode a text: .*no such to"):
+        clip.ids("q")
+    endless = {"type": "Replace", "pattern": {"Regex": "(a+)+$"}, "content": "x"}
+    clip = LOAD["clip"](described(tiny_folder, "clip", normalizer=endless))
+    with pytest.raises(CheckpointError, match=r"tokenizer.json cannot encode a text: "):
+        clip.ids("a" * 40 + "b")
+
+
+def test_an_interrupt_passes_a_tokenizer_unchanged():
+    def stop() -> bytes:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        t5_tokenizer(TokenizerFiles("here", {"tokenizer.json": stop}))
 
 
 def test_the_wrong_tokenizer_is_refused(tiny_folder, tmp_path):

@@ -2,7 +2,7 @@
 
 import json
 import sys
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -204,3 +204,47 @@ def test_the_example_of_preferences_is_good():
 def test_settings_that_would_teach_nothing_are_refused(name, value):
     with pytest.raises(ValueError, match=name):
         make_config({"run_name": "x", "checkpoint": "x.safetensors", "data": ["x"], name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("x.toml", "a = " + "[" * 100_000),
+        ("x.json", "[" * 100_000),
+        ("x.json", '{"a": ' * 100_000),
+        ("x.toml", ".".join(["a"] * 20_000) + " = 1"),  # 25 seconds
+        ("x.toml", "[" + ".".join(["a"] * 20_000) + "]\nx = 1"),
+        ("x.toml", "a = {" + ".".join(["a"] * 20_000) + " = 1}"),
+        ("x.json", "9" * 5000),
+        ("x.toml", "x = 1\n" * 100_000),
+        ("x.toml", "a" * 10_000),
+    ],
+    ids=range(9),
+)
+def test_a_file_made_to_break_its_reader_is_one_short_sentence(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=name) as raised:
+        read_settings(tmp_path / name)
+    assert len(str(raised.value)) < 300 + len(str(tmp_path))
+
+
+HUGE = (10**400, -(10**400), 16**8000, "x" * 100_000, [10**400], ["x" * 100_000], {"path": 10**400})
+
+
+@pytest.mark.parametrize("name", [field.name for field in fields(TrainConfig)])
+@pytest.mark.parametrize("value", HUGE, ids=range(len(HUGE)))
+def test_a_huge_value_is_one_short_sentence_or_is_taken(name, value):
+    try:
+        make_config({"run_name": "a", name: value})
+    except ValueError as error:
+        told = str(error)
+    else:
+        told = ""
+    assert len(told) < 600
+
+
+def test_usual_toml_is_read_as_before():
+    text = 'sample_prompts = ["a.b.c = d", "e"]\n[a.b.c]\nx = [\n  0.1, 0.2, 0.3,\n]\ny.z = 1.5'
+    assert read_toml(text)["a"]["b"]["c"] == {"x": [0.1, 0.2, 0.3], "y": {"z": 1.5}}
+    assert read_toml("x = [" + ", ".join(["0.5"] * 100) + "]")["x"] == [0.5] * 100
+    assert read_toml("x = [\n" + ", ".join(["0.5"] * 100) + "\n]")["x"] == [0.5] * 100

@@ -311,8 +311,33 @@ def test_a_damaged_newest_state_falls_back_to_the_one_before(tmp_path):
     newest.write_bytes(newest.read_bytes()[:-7])
     notes = []
     train_toy(tmp_path / "broken", on_note=notes.append)
-    assert notes[0] == "toy: goes on from step 6"
+    assert notes[0].startswith(
+        "toy: a saved state is passed over: step-00000008.safetensors: is cut"
+    )
+    assert "ownload" not in notes[0]
+    assert notes[1] == "toy: goes on from step 6"
     assert torch.equal(final(tmp_path / "broken")["weight"], final(tmp_path / "whole")["weight"])
+
+
+@pytest.mark.parametrize("place", ["tensors", "values"])
+def test_one_flipped_bit_in_a_state_is_noticed(tmp_path, place):
+    train_toy(tmp_path / "whole")
+    with pytest.raises(Stop):
+        train_toy(tmp_path / "broken", on_step=stop_after(8))
+    newest = tmp_path / "broken/sd3/toy/state/step-00000008.safetensors"
+    data = bytearray(newest.read_bytes())
+    if place == "tensors":
+        data[-5] ^= 1
+    else:
+        at = data.index(b'step\\": 8') + len(b'step\\": ')
+        data[at] = ord("7")
+    newest.write_bytes(data)
+    notes = []
+    train_toy(tmp_path / "broken", replace(TOY, keep=1), on_note=notes.append)
+    assert "step-00000008.safetensors: is damaged" in notes[0]
+    assert notes[1] == "toy: goes on from step 6"
+    assert torch.equal(final(tmp_path / "broken")["weight"], final(tmp_path / "whole")["weight"])
+    assert newest.with_name(f"{newest.name}.damaged").exists()  # nothing is thrown away
 
 
 def test_a_run_whose_states_are_all_damaged_is_not_begun_anew(tmp_path):
@@ -320,8 +345,12 @@ def test_a_run_whose_states_are_all_damaged_is_not_begun_anew(tmp_path):
         train_toy(tmp_path, on_step=stop_after(5))
     for path in (tmp_path / "sd3/toy/state").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="no saved state can be read"):
+    with pytest.raises(
+        CheckpointError, match="no saved state can be read .* empty .*, or delete"
+    ) as e:
         train_toy(tmp_path)
+    assert "ownload" not in str(e.value)
+    assert len(list((tmp_path / "sd3/toy/state").glob("step-*.safetensors"))) == 2  # untouched
 
 
 def test_a_state_of_another_task_is_refused(tmp_path):

@@ -283,6 +283,43 @@ def test_a_torn_line_is_left_out(picks):
     assert len(picks.groups()) == 1
 
 
+ODD = [
+    "{}",
+    "[]",
+    "7",
+    '{"a":' * 100_000,
+    "[" * 100_000,
+    json.dumps({"id": [], "prompt": "x", "pictures": ["a.png", "b.png"]}),
+    json.dumps({"id": "x", "prompt": "x", "pictures": 5}),
+    json.dumps({"id": "x", "prompt": "x", "pictures": ["a.png", "../../../b.png"]}),
+    json.dumps({"id": "x", "prompt": 1, "pictures": ["a.png", "b.png"]}),
+    json.dumps({"id": "x", "prompt": "\ud83d", "pictures": ["a.png", "b.png"]}),
+    json.dumps({"id": "x", "prompt": "x", "pictures": ["a.png", "b.png"], "arms": ["one"]}),
+    json.dumps({"id": "x", "prompt": "x", "pictures": ["a.png", "b.png"], "places": [0, None]}),
+    json.dumps({"group": []}),
+    json.dumps({"group": "x", "chosen": "a"}),  # no id: it could not be taken back
+    json.dumps({"group": "x", "id": "x:0", "arms": 5}),
+    json.dumps({"undo": {}}),
+]
+
+
+@pytest.mark.parametrize("odd", ODD, ids=range(len(ODD)))
+def test_an_odd_line_costs_itself_only_and_is_told(picks, odd):
+    blind = {"arms": ("old", "new")}
+    first, second = picks.add("x", [RED, BLUE], **blind), picks.add("y", [RED, GREEN], **blind)
+    assert picks.passed_over() == []
+    for name in ("preferences.jsonl", "candidates.jsonl"):
+        with (picks.folder / name).open("a") as file:
+            file.write(odd + "\n")
+    picks.vote(first.id, best=first.pictures[0])
+    picks.vote(second.id, verdict="tie")
+    assert picks.undo() == second.id
+    assert picks.open_groups() == [second]
+    assert picks.comparison().wins == (1, 0)
+    assert any(one.startswith("candidates.jsonl:3: ") for one in picks.passed_over())
+    assert max(map(len, picks.passed_over())) < 200
+
+
 @pytest.mark.parametrize("torn", [b'{"id": "ha', '{"prompt": "Grü'.encode()[:-1], b"{"])
 def test_a_vote_after_a_torn_one_is_kept(picks, torn):
     first, second = picks.add("x", [RED, BLUE]), picks.add("y", [RED, GREEN])

@@ -95,14 +95,80 @@ def kill_and_go_on(config: TrainConfig, kills: int, chance: random.Random) -> in
     return highest
 
 
+# A process that ends itself, as kill -9 would, at its n-th call of fsync or replace.
+DIE = """
+import os, signal, sys
+left = int(sys.argv[1])
+def deadly(call):
+    def wrapped(*given, **named):
+        global left
+        left -= 1
+        if left < 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return call(*given, **named)
+    return wrapped
+os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
+from sd3_core.__main__ import main
+sys.exit(main(["train", sys.argv[2]]))
+"""
+
+
+def die_at(config: TrainConfig, call: int) -> bool:
+    """Whether the run was killed there; else it ended before."""
+    path = config.output.parent / f"{config.run_name}.json"
+    path.write_text(json.dumps(plain_settings(config)))
+    command = [sys.executable, "-c", DIE, str(call), str(path)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PACK)}
+    done = subprocess.run(command, cwd=PACK, env=environment, capture_output=True, text=True)
+    assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    return done.returncode != 0
+
+
+def unfinished(config: TrainConfig) -> list[Path]:
+    """What is left of files that were being written: here and in the caches."""
+    return [path for path in config.output.rglob("*") if path.name.endswith((".part", ".tmp"))]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no SIGKILL")
 @pytest.mark.parametrize(
-    "kills", [pytest.param(2, id="2"), pytest.param(12, id="12", marks=pytest.mark.long)]
+    "calls",
+    [
+        pytest.param((9,), id="one"),
+        pytest.param(range(1000), id="each", marks=pytest.mark.long),
+    ],
+)
+def test_a_run_killed_at_a_write_ends_bit_for_bit_as_the_unbroken_one(
+    given, unbroken, calls, tmp_path
+):
+    name = f"killed at {len(calls)}"
+    config = replace(given, run_name=name, output=tmp_path / "out")  # with a cache of its own
+    for call in calls:
+        if not die_at(config, call):
+            break
+    finish(start(config))
+    check_equal(config, unbroken)
+    assert unfinished(config) == []
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        pytest.param(2, id="2"),
+        pytest.param(12, id="12", marks=pytest.mark.long),
+        pytest.param(50, id="50", marks=pytest.mark.long),
+    ],
 )
 def test_a_run_killed_at_random_moments_ends_bit_for_bit_as_the_unbroken_one(
     given, unbroken, kills
 ):
     config = replace(given, run_name=f"killed {kills}")
     kill_and_go_on(config, kills, random.Random(kills))
+    check_equal(config, unbroken)
+    assert unfinished(config) == []
+
+
+def check_equal(config: TrainConfig, unbroken: TrainConfig) -> None:
+    """To the bit: log, states and product."""
     assert (folder(config) / "log.jsonl").read_bytes() == (
         folder(unbroken) / "log.jsonl"
     ).read_bytes()

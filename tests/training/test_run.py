@@ -1,11 +1,15 @@
 """A run's folder: its name, its lock, its states and its log."""
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from sd3_pack.sd3_core.errors import CheckpointError
 from sd3_pack.sd3_core.training.run import Run, RunRefused, State, open_run, run_folder
 
 HOLD = """
@@ -25,6 +29,7 @@ PACK = Path(__file__).parent.parent.parent
     [
         *("", ".", "..", "../x", "a/b", "a\\b", "/etc", "C:x", ".hidden", "x.", "x ", " x", "-x"),
         *("a\nb", "a\0b", "con", "NUL.txt", "x" * 101, "a*b", "a?b", "~x", "$HOME"),
+        *("猫" * 64, "com¹", "LPT³.txt", "con .x"),
     ],
 )
 def test_a_name_that_is_no_plain_folder_name_is_refused(tmp_path, name):
@@ -32,7 +37,7 @@ def test_a_name_that_is_no_plain_folder_name_is_refused(tmp_path, name):
         run_folder(tmp_path, name)
 
 
-@pytest.mark.parametrize("name", ["a", "my cat 3.5", "größe_2", "2024-01-01+x", "猫"])
+@pytest.mark.parametrize("name", ["a", "my cat 3.5", "größe_2", "2024-01-01+x", "猫" * 60, "¹"])
 def test_plain_names_become_folders_of_their_own(tmp_path, name):
     assert run_folder(tmp_path, name).parent == tmp_path / "sd3"
 
@@ -146,3 +151,23 @@ def test_a_run_that_learnt_nothing_takes_new_settings(tmp_path):
         run.save(State(1, {"x": torch.zeros(1)}), keep=1, best=None)
         with pytest.raises(RunRefused, match="batch: 2 -> 4"):
             run.settle({"batch": 4}, 5, {})
+
+
+def test_a_full_disk_names_the_file(tmp_path, monkeypatch):
+    """What the system says when a file is flushed names none."""
+
+    def full(*given, **named):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with open_run(tmp_path, "run") as run:
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(CheckpointError, match=r"step-00000001\.safetensors: cannot be written"):
+            run.save(State(1, {"x": torch.zeros(1)}), keep=1, best=None)
+        run._log = SimpleNamespace(write=full, close=full)
+        with pytest.raises(CheckpointError, match=r"log\.jsonl: cannot be written: No space left"):
+            run.write({"step": 1})
+        with pytest.raises(CheckpointError, match=r"log\.jsonl: cannot be written"):
+            run.close_log()
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(CheckpointError, match=r"lock\.txt: cannot be written"):
+        open_run(tmp_path, "run").__enter__()

@@ -6,6 +6,7 @@ import re
 import shutil
 import sys
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -410,6 +411,16 @@ def test_a_run_that_cannot_fit_is_refused_with_advice(config, monkeypatch):
             with pytest.raises(ValueError, match="gradient_checkpointing.*check_memory = false"):
                 train(asked)
     train(replace(config, check_memory=False))
+
+
+def test_a_run_whose_states_do_not_fit_on_the_disk_is_refused(config, monkeypatch):
+    from sd3_pack.sd3_core.checkpoints import save
+
+    monkeypatch.setattr(save.shutil, "disk_usage", lambda place: SimpleNamespace(free=10**6))
+    with pytest.raises(
+        CheckpointError, match=r"bytes will be written there and 1,000,000 are free"
+    ):
+        train(replace(config, rank=64, ema=0.9))
 
 
 def test_what_is_free_is_looked_at_again_when_the_network_is_there(config, monkeypatch):
