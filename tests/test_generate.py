@@ -299,7 +299,7 @@ def test_bad_settings_are_refused_before_a_weight_is_read(files, monkeypatch, ch
     def read(*_, **__):
         raise AssertionError("the long work began")
 
-    for name in ("load_mmdit", "load_vae", "load_clip", "load_t5"):
+    for name in ("load_mmdit", "load_vae", "load_clip", "load_t5_to_fit"):
         monkeypatch.setattr(generation, name, read)
     with pytest.raises(ValueError, match=message):
         generate(files, replace(QUICK, **change))
@@ -343,7 +343,7 @@ def test_networks_of_different_models_are_told_apart(folder, files, tmp_path):
         ("load_vae", "encoder.conv_out.bias", "the VAE's encoder"),
         ("load_vae", "decoder.conv_out.bias", "the VAE's decoder"),
         ("load_clip", "text_model.final_layer_norm.bias", "CLIP-L"),
-        ("load_t5", "encoder.final_layer_norm.weight", "T5"),
+        ("load_t5_to_fit", "encoder.final_layer_norm.weight", "T5"),
     ],
 )
 def test_an_overflow_names_its_stage(files, photo, monkeypatch, loader, weight, stage):

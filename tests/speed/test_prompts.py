@@ -19,7 +19,7 @@ from tiny import write_tiny_checkpoint
 from tiny_tokenizers import write_tiny_tokenizers
 
 QUICK = Settings("a red circle", seed=7, width=64, height=64, steps=1, cfg=3.0, device="cpu")
-LOADERS = ("load_clip", "load_t5")
+LOADERS = ("load_clip", "load_t5_to_fit")
 
 
 @pytest.fixture(scope="module")

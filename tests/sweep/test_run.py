@@ -70,13 +70,15 @@ def test_different_cells_differ(files):
 
 def test_networks_are_read_once(files, monkeypatch):
     reads = []
-    for module, name in ((generation, name) for name in ("load_mmdit", "load_vae", "load_t5")):
+    for module, name in (
+        (generation, name) for name in ("load_mmdit", "load_vae", "load_t5_to_fit")
+    ):
         load = getattr(module, name)
         monkeypatch.setattr(
             module, name, lambda *a, load=load, name=name, **k: reads.append(name) or load(*a, **k)
         )
     sweep(files, QUICK, lay_out(read_axis("steps", "1, 2"), read_axis("encoders", "all, t5")))
-    assert sorted(reads) == ["load_mmdit", "load_t5", "load_vae"]
+    assert sorted(reads) == ["load_mmdit", "load_t5_to_fit", "load_vae"]
 
 
 def test_the_path_is_that_of_the_run(files):
