@@ -151,7 +151,7 @@ def test_a_picture_with_its_mask_verifies_at_its_own_size(model, tmp_path, capsy
         capsys.readouterr().out
     )
     assert Image.open(picture).size == (40, 64)
-    assert main(["verify", str(picture)]) == 0
+    assert again(picture, model) == 0
 
 
 def test_a_picture_from_before_these_settings_verifies(model, drawn, tmp_path):

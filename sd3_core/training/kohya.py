@@ -67,6 +67,16 @@ def translate(path: Path) -> Translated:
     they differ in more, that is told.  Raises ValueError for a file that cannot be read and for
     values that make no sense.
     """
+    try:
+        return _translate(path)
+    except OSError as error:  # names that no file can have, folders that may not be read
+        name = f"{cut(error.filename)} " if error.filename else "what it names "
+        raise ValueError(f"{path.name}: {name}cannot be looked at ({reason(error)}).") from error
+    except RecursionError as error:
+        raise ValueError(f"{path.name}: it is nested without end.") from error
+
+
+def _translate(path: Path) -> Translated:
     table = read_settings(path)
     translation = Translation(path)
     datasets = dict(table) if "datasets" in table else None
@@ -343,24 +353,30 @@ class Translation:
     def _density(self, table: dict[str, Any]) -> None:
         """weighting_scheme says how times are drawn, or (sigma_sqrt, cosmap) weighs the loss."""
         scheme = table.get("weighting_scheme")
-        mean, std, scale = (
-            table.pop(name, default)
-            for name, default in (("logit_mean", 0.0), ("logit_std", 1.0), ("mode_scale", 1.29))
-        )
+        numbers = {"logit_mean": 0.0, "logit_std": 1.0, "mode_scale": 1.29}
+        for name in numbers.keys() & table.keys():
+            value = table.pop(name)
+            try:
+                numbers[name] = float(value)
+            except (TypeError, ValueError, OverflowError):
+                raise ValueError(
+                    f"{name} is {quoted(value)}; sd-scripts has no such value."
+                ) from None
+        mean, std, scale = numbers.values()
         known = {
             "uniform": "uniform",
             "none": "uniform",
             "logit_normal": f"logit_normal({mean:g}, {std:g})",
             "mode": f"mode({scale:g})",
         }
-        if scheme in known:
+        if isinstance(scheme, str) and scheme in known:
             self._put("density", known[table.pop("weighting_scheme")])
 
     def _encoder_dropout(self, table: dict[str, Any]) -> None:
         names = ("clip_l_dropout_rate", "clip_g_dropout_rate", "t5_dropout_rate")
-        rates = {table.get(name, 0.0) for name in names}
-        if len(rates) == 1 and any(name in table for name in names):
-            self._put("encoder_dropout", rates.pop())
+        rates = [table.get(name, 0.0) for name in names]
+        if all(rate == rates[0] for rate in rates) and any(name in table for name in names):
+            self._put("encoder_dropout", rates[0])
             for name in names:
                 table.pop(name, None)
 

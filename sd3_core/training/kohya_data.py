@@ -169,7 +169,9 @@ def _source(subset: Subset, told: list[str]) -> dict[str, Any] | None:
         ("is_reg", bool),
     ):
         value = settings.get(name)
-        if value is not None and type(value) is not kind:
+        if value is not None and (
+            type(value) is not kind or (isinstance(value, str) and "\0" in value)
+        ):
             raise ValueError(f"{name} is {quoted(value)}; sd-scripts has no such value.")
     repeats = settings.get("num_repeats", 1)
     if repeats < 1:

@@ -116,4 +116,4 @@ def is_off(name: str, value: Any) -> bool:
 def unused(label: str, name: str, value: Any) -> str:
     """The line about a setting that is not used, and why."""
     reason = NOT_USED.get(name)
-    return f"{label} = {cut(value)}" + (f": {reason}" if reason else "")
+    return f"{cut(label)} = {cut(value)}" + (f": {reason}" if reason else "")

@@ -11,6 +11,7 @@ from sd3_pack.sd3_core.checkpoints.load import component_of
 from sd3_pack.sd3_core.errors import CheckpointError
 from sd3_pack.sd3_core.models.mmdit import MMDiTConfig
 from sd3_pack.sd3_core.settings import Files, Settings, make_plan
+from special_files import CAN_BE_MADE, make_special
 from tiny import write_tiny_checkpoint
 
 LARGE = MMDiTConfig(38, qk_norm=True)
@@ -81,6 +82,19 @@ def test_the_scheduler_tells_the_shift(tmp_path):
 def test_a_damaged_scheduler_is_named(tmp_path, scheduler):
     with pytest.raises(CheckpointError, match=r"scheduler_config\.json: .*Download it again"):
         model_preset(write_folder(tmp_path, scheduler), MEDIUM)
+
+
+@pytest.mark.skipif(not CAN_BE_MADE, reason="Linux")
+@pytest.mark.parametrize("kind", ["pipe", "endless device"])
+def test_configurations_that_are_no_files_are_not_read(tmp_path, kind):
+    mmdit = write_folder(tmp_path / "turbo")
+    (tmp_path / "turbo" / "model_index.json").unlink()
+    make_special(tmp_path / "turbo" / "model_index.json", kind)
+    assert model_family(mmdit, LARGE) == "sd3.5_large_turbo"
+    (tmp_path / "turbo" / "scheduler").mkdir()
+    make_special(tmp_path / "turbo" / "scheduler" / "scheduler_config.json", kind)
+    with pytest.raises(CheckpointError, match=r"scheduler_config\.json: .*no regular file"):
+        model_preset(mmdit, MEDIUM)
 
 
 def test_a_damaged_configuration_only_hints_at_nothing(tmp_path):

@@ -7,6 +7,8 @@ from sd3_pack.sd3_core.__main__ import main
 from sd3_pack.sd3_core.training.config import make_config, read_toml
 from sd3_pack.sd3_core.training.folders import Source
 from sd3_pack.sd3_core.training.kohya import block_indices, translate
+from sd3_pack.sd3_core.training.run import named_folder
+from special_files import CAN_BE_MADE, make_special
 
 GIVEN = """
 [model]
@@ -216,3 +218,47 @@ def test_a_folder_of_regularisation_pictures_is_the_prior_too(file):
     assert data == (Source(Path("cats")), Source(Path("others"), prior=True))
     file.write_text('train_data_dir = "cats"\nreg_data_dir = ""\n' + GIVEN)
     assert translate(file).config().data == (Source(Path("cats")),)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('dataset_config = "' + "x" * 5000 + '"', "cannot be looked at"),
+        ('train_data_dir = "' + "x" * 5000 + '"', "cannot be looked at"),
+        ('sample_prompts = "' + "x" * 5000 + '.txt"', "cannot be looked at"),
+        ('[[datasets]]\n[[datasets.subsets]]\nimage_dir = "a\\u0000b"', "image_dir is"),
+        ('network_args = ["train_block_indices=0-99999999999"]', "network_args is"),
+        ("network_args = " + "[" * 200 + "]" * 200, "network_args is"),
+        ("network_alpha = 0x" + "f" * 9000, "network_alpha is a number of thousands of digits"),
+        ('logit_mean = "x"', "logit_mean is 'x'"),
+        ("logit_std = 0x" + "f" * 9000, "logit_std is a number of thousands of digits"),
+        ("clip_l_dropout_rate = [1]\nclip_g_dropout_rate = [1]\nt5_dropout_rate = [1]", "dropout"),
+    ],
+)
+def test_hostile_values_end_in_one_short_sentence(tmp_path, line, message):
+    path = tmp_path / "kohya.toml"
+    path.write_text(line, encoding="utf-8")
+    with pytest.raises(ValueError, match=message) as caught:
+        translate(path)
+    assert len(str(caught.value)) < 500
+
+
+def test_what_is_not_used_is_told_in_short(tmp_path):
+    path = tmp_path / "kohya.toml"
+    lines = ["weighting_scheme = [1]", "strange = 0x" + "f" * 9000, "x" * 50_000 + " = 1"]
+    lines += ['other = "' + "x" * 50_000 + '"', 'output_name = "' + "猫" * 5000 + '"']
+    path.write_text("\n".join(lines), encoding="utf-8")
+    translated = translate(path)
+    assert max(map(len, (*translated.ignored, *translated.notes))) < 400
+    assert any("a number of thousands of digits" in line for line in translated.ignored)
+    assert named_folder(tmp_path, translated.settings["run_name"], "run_name").parent == tmp_path
+
+
+@pytest.mark.skipif(not CAN_BE_MADE, reason="Linux")
+@pytest.mark.parametrize("name", ["sample_prompts", "dataset_config"])
+def test_a_pipe_that_a_configuration_names_is_not_waited_for(tmp_path, name):
+    pipe = tmp_path / ("pipe.txt" if name == "sample_prompts" else "pipe.toml")
+    make_special(pipe, "pipe")
+    path = tmp_path / "kohya.toml"
+    path.write_text(f'{name} = "{pipe.as_posix()}"', encoding="utf-8")
+    assert any(name in line for line in translate(path).ignored)

@@ -371,3 +371,21 @@ def test_a_full_file_is_not_appended_to(picks, monkeypatch):
     picks.vote(group.id, best=group.pictures[0])  # the first line makes the file
     with pytest.raises(PickRefused, match="is full"):
         picks.undo()
+
+
+def test_what_a_table_makes_of_lines_counts_and_odd_ones_are_told(picks):
+    """Through pandas: null, NaN and 7.0; and lines that say nothing at all."""
+    group = picks.add("x", [RED, BLUE], seed=7)
+    file = picks.folder / "candidates.jsonl"
+    line = json.loads(file.read_text(encoding="utf-8"))
+    nulls = {"seed": 7.0, "model": None, "arms": None, "models": float("nan")}
+    lines = [json.dumps(line | nulls), '{"group": []}', json.dumps(line | {"pictures": None})]
+    file.write_text("\ufeff" + "\n".join(lines) + "\n", encoding="utf-8")
+    assert picks.groups() == {group.id: group}
+    told = picks.passed_over()
+    assert [one.partition(": ")[0] for one in told] == ["candidates.jsonl:2", "candidates.jsonl:3"]
+    picks.vote(group.id, best=group.pictures[0])
+    votes = picks.folder / "preferences.jsonl"
+    vote = json.loads(votes.read_text(encoding="utf-8")) | {"undo": None, "arms": None}
+    votes.write_text(json.dumps(vote) + "\n", encoding="utf-8")
+    assert list(picks.votes()) == [group.id]

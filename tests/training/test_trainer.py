@@ -633,7 +633,7 @@ def test_what_cannot_be_trained_is_refused_before_anything_is_encoded(
 
     monkeypatch.setattr(stages, "load_vae", encode)
     monkeypatch.setattr(stages, "load_clip", encode)
-    monkeypatch.setattr(stages, "load_t5", encode)
+    monkeypatch.setattr(stages, "load_t5_to_fit", encode)
     if changes.get("checkpoint") == "no t5":
         path = tmp_path / "clips.safetensors"
         parts = find_components(given.checkpoint)
