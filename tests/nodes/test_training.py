@@ -715,10 +715,12 @@ def test_a_name_outside_is_not_even_looked_at(monkeypatch):
     monkeypatch.setattr(
         Path, "resolve", lambda path, *given: (looked.append(path), original(path, *given))[1]
     )
+    NodeError("missing_file", "")  # looks for ComfyUI's own folders in any message
+    known = roots | set(looked)
     for name in ("//host/share", "\\\\host\\share\\x", "/etc", "../x"):
         with pytest.raises(NodeError):
             datasets.find_data(name)
-    assert set(looked) <= roots
+    assert set(looked) <= known
 
 
 def test_a_root_may_be_a_link(places, tmp_path, monkeypatch):
