@@ -63,13 +63,18 @@ def to_copy(
 
 
 def to_cpu(card: Card, source: CardTensor, non_blocking: bool, how: dict) -> Tensor:
-    if non_blocking:
-        card.counts.hazard(f"copy to the CPU that nobody waits for, {tuple(source.shape)}")
-    else:
-        card.counts.wait(f"copy to the CPU, {tuple(source.shape)}")
+    leave(card, source, non_blocking)  # into memory that PyTorch pins for the purpose
     if not card.numbers:
         return torch.zeros(source.shape, dtype=how.get("dtype", source.dtype))
     return aten._to_copy.default(source.inner, **how)
+
+
+def leave(card: Card, source: CardTensor, at_once: bool) -> None:
+    """To the CPU.  Into pageable memory the driver waits, whatever non_blocking says."""
+    if at_once:
+        card.counts.hazard(f"copy to the CPU that nobody waits for, {tuple(source.shape)}")
+    else:
+        card.counts.wait(f"copy to the CPU, {tuple(source.shape)}")
 
 
 def carry(card: Card, source: Tensor, non_blocking: bool) -> None:
@@ -92,10 +97,7 @@ def copy_(
     if to_card and not from_card and source.ndim:
         carry(card, source, non_blocking)
     if from_card and not to_card:
-        if non_blocking and not is_pinned(card, func, target):
-            card.counts.hazard("copy into pageable memory of the CPU that nobody waits for")
-        elif not non_blocking:
-            card.counts.wait(f"copy to the CPU, {tuple(source.shape)}")
+        leave(card, source, non_blocking and is_pinned(card, func, target))
         if not card.numbers:
             return target
     if to_card and not card.numbers:
@@ -158,6 +160,8 @@ def scaled_mm(
     if not all(isinstance(t, CardTensor) for t in given):
         return func(a, b, scale_a, scale_b, bias, scale_result, out_dtype, use_fast_accum)
     dtype = out_dtype or torch.bfloat16
+    if card.capability < (8, 9):
+        raise RuntimeError("torch._scaled_mm is only supported on CUDA devices >= 8.9")
     check_scaled_mm(a, b, scale_a, scale_b, dtype)
     a_, b_, scale_a_, scale_b_ = (t.inner for t in (a, b, scale_a, scale_b))
     if card.numbers:

@@ -72,7 +72,8 @@ class CardTensor(Tensor):
     def data(self, value):
         if not isinstance(value, CardTensor):
             raise RuntimeError(f"pretended card: .data of a {self.device} tensor set to {value}")
-        _data.__set__(self, value)
+        with torch.inference_mode(self.is_inference()):  # C++ wants both to be of one kind
+            _data.__set__(self, CardTensor(value.inner, value.card))
         self.inner = value.inner
 
     def __deepcopy__(self, memo):
@@ -90,7 +91,7 @@ class CardTensor(Tensor):
         if device is not None and not self.card.is_named(device):
             return super().to(device=device, **asked)
         if device is not None:
-            self.card.check(torch.device(device))
+            self.card.check(device if isinstance(device, torch.device) else torch.device(device))
         return super().to(**asked) if set(asked) - {"non_blocking"} else self
 
     def cuda(self, *_, **__):
