@@ -3,8 +3,9 @@
 python dev.py demo [PROMPT]              make a picture and say where it lies
 python dev.py test [--all] [ARGUMENTS]   lint, types and tests; ARGUMENTS go to pytest alone
                                          (--all adds the long tests, and plainer arithmetic)
+python dev.py counts                     what a step asks of a card, into docs/performance.md
 
-Both keep what they install in .venv beside this file. Standard library only.
+All keep what they install in .venv beside this file. Standard library only.
 """
 
 from __future__ import annotations  # so that an older Python gets as far as being told its age
@@ -323,6 +324,14 @@ def demo(prompt: str) -> int:
     return status
 
 
+# --- counts ---------------------------------------------------------------------------------------
+
+
+def counts() -> int:
+    prepare("test")
+    return run([str(ROOT / "tests" / "support" / "step_counts.py")])
+
+
 # --- the command line -----------------------------------------------------------------------------
 
 
@@ -333,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="dev.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | test")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="demo | test | counts")
     demo_parser = commands.add_parser("demo", help="make a picture")
     demo_parser.add_argument(
         "prompt", nargs="*", metavar="PROMPT", default=["two red circles left of a blue square"]
@@ -342,12 +351,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     test_parser.add_argument(
         "--all", action="store_true", help="also the tests marked long, and plainer arithmetic"
     )
+    commands.add_parser("counts", help="count a step on a pretended card")
     known, rest = parser.parse_known_args(arguments)
     if rest and known.command != "test":
         parser.error(f"unknown arguments: {' '.join(rest)}")
     try:
         if known.command == "demo":
             return demo(" ".join(known.prompt))
+        if known.command == "counts":
+            return counts()
         return test(known.all, rest)
     except SetupError as error:
         print(f"dev.py: {error}", file=sys.stderr)

@@ -23,6 +23,7 @@ assert spec.loader is not None
 sys.modules["sd3_pack"] = pack = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(pack)
 
+pytest_plugins = ("pretend_card.plugin",)  # the option --card
 
 # Folders whose tests share a ComfyUI: of several processes one has the whole folder.
 TOGETHER = {"nodes", "server", "browser"}

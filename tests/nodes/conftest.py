@@ -17,6 +17,7 @@ from tiny_tokenizers import write_tiny_tokenizers
 
 COMFYUI = Path(os.environ.get("COMFYUI_PATH") or Path.home() / "comfy" / "ComfyUI").expanduser()
 HAS_COMFYUI = (COMFYUI / "comfy").is_dir()
+FLOAT32 = "--fp32-unet --fp32-vae --fp32-text-enc"  # what the tests compare to a CPU's digits
 FOLDERS = ("diffusion_models", "checkpoints", "text_encoders", "vae", "loras", "embeddings")
 
 
@@ -27,17 +28,25 @@ def pytest_ignore_collect(collection_path: Path):
     return collection_path.name != "test_without_comfyui.py"
 
 
-def start_comfyui() -> None:
+def start_comfyui(flags: str) -> None:
     sys.path.insert(0, str(COMFYUI))
+    import comfy.options
     import utils.install_util  # noqa: F401  first, as in main.py: 0.3.64 has another utils later
+
+    comfy.options.enable_args_parsing()
+    given, sys.argv = sys.argv, ["main.py", *flags.split()]
     from comfy.cli_args import args
 
+    sys.argv = given
     args.cpu = not torch.cuda.is_available()
     import comfy.model_management  # noqa: F401  reads the arguments once
 
 
-if HAS_COMFYUI:
-    start_comfyui()
+def pytest_configure(config):
+    """When the options are known, and before any test module is imported."""
+    if HAS_COMFYUI:
+        on_card = FLOAT32 if config.getoption("--card") else ""
+        start_comfyui(config.getoption("--comfyui-flags") or on_card)
 
 
 @pytest.fixture(scope="session")

@@ -271,7 +271,7 @@ def test_words_that_the_built_in_model_does_not_know_are_named(models):
     "use", [ENCODERS, ("clip_l", "t5"), ("clip_g", "t5"), ("clip_l", "clip_g"), ("t5",), ()]
 )
 def test_encode_prompt_is_the_cores_encoding(tiny, tiny_three, use):
-    settings = Settings(PROMPT, negative="square", use=use, width=64, height=64, steps=2)
+    settings = Settings(PROMPT, "square", use=use, width=64, height=64, steps=2, device="cpu")
     files = Files(checkpoint=tiny)
     positive, negative = encode_prompts(files, make_plan(files, settings))
     switches = [kind in use for kind in ENCODERS]
@@ -291,6 +291,7 @@ def test_each_encoder_may_read_its_own_text_at_any_length(tiny, tiny_three):
         width=64,
         height=64,
         steps=2,
+        device="cpu",
     )
     files = Files(checkpoint=tiny)
     core, _ = encode_prompts(files, make_plan(files, settings))

@@ -135,7 +135,7 @@ class Control(comfy.controlnet.ControlBase):
 
     def get_control(self, x, timestep, cond, batched_number, transformer_options):
         tokens = x.shape[2] // 2 * (x.shape[3] // 2)
-        return {"output": [torch.full((x.shape[0], tokens, 128), 0.5)]}
+        return {"output": [x.new_full((x.shape[0], tokens, 128), 0.5)]}
 
 
 CONTROL = Control()

@@ -51,7 +51,7 @@ def write_training_set(folder: Path) -> TrainConfig:
         checkpoint_every=2,
         validate_every=0,
         save_dtype="fp32",
-        device="cpu",
+        device="auto",
     )
 
 
