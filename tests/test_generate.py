@@ -274,7 +274,7 @@ def test_notes_on_the_negative_prompt_are_told_apart(files):
         ({"shift": 1e300}, "shift is 1e\\+300"),
         ({"cfg_start": 20.0, "cfg_end": 80.0}, "cfg_start is 20.0; it is a part of the run"),
         ({"t5_length": 3_000_000_000}, "4096 is the limit"),
-        ({"prompt": "\ud800"}, "no Unicode text"),
+        ({"prompt": "\ud800"}, "holds half a character"),
         ({"prompt": "(" * 3000 + "x" + ")" * 3000}, "nested too deeply"),
         ({"negative": "(x:1e999)"}, "weight inf"),
         ({"batch": 0}, "batch is 0"),

@@ -109,8 +109,9 @@ def linear_gelu(layer: Any, x: Tensor) -> Tensor:
         or not multiplies_with_gelu(x.device, x.dtype)
     ):
         return onednn.linear_gelu(layer, x)
-    tokens = x.flatten(0, 1)
-    return product_gelu(layer.bias, tokens, layer.weight.t()).unflatten(0, x.shape[:2])
+    with lent(layer, x) as (weight, bias):
+        assert bias is not None
+        return product_gelu(bias, x.flatten(0, 1), weight.t()).unflatten(0, x.shape[:2])
 
 
 def product_gelu(bias: Tensor, x: Tensor, weight: Tensor) -> Tensor:

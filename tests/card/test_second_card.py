@@ -15,7 +15,6 @@ from sd3_pack.sd3_core.settings import Files, Settings
 pytest.importorskip("triton")
 
 SECOND = torch.device("cuda", 1)
-ITEM_4 = pytest.mark.xfail(strict=True, raises=AssertionError, reason="issue item 4")
 
 
 def settings(**more) -> Settings:
@@ -39,9 +38,7 @@ def validate(model):
         network(*(torch.zeros(shape, device=SECOND) for shape in given))
 
 
-@pytest.mark.parametrize(
-    "work", [draw, pytest.param(paint, marks=ITEM_4), pytest.param(validate, marks=ITEM_4)]
-)
+@pytest.mark.parametrize("work", [draw, paint, validate])
 def test_the_kernels_serve_on_the_second_card(tiny_model, work):
     with pretend_card(8, device="cuda:1", numbers=False, kernels=True) as card:
         work(tiny_model)

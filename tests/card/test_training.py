@@ -90,7 +90,6 @@ def test_it_learns_what_it_learns_on_the_cpu(base, on_cpu, name, kind):
     assert ours == pytest.approx(on_cpu(name, kind), rel=1e-3)
 
 
-@pytest.mark.xfail(strict=True, raises=AssertionError, reason="issue item 10")
 def test_recomputation_leaves_nothing_on_the_card(base):
     with pretend_card(8) as card:
         trained(replace(base, gradient_checkpointing=True), "recomputed", "cuda")
