@@ -38,12 +38,17 @@ def test_ours_cost_less_than_the_others(name):
             assert steps[ours].moved < steps[other].moved
 
 
-@pytest.mark.xfail(strict=True, reason="issue item 9, and the aim of its last part")
 @pytest.mark.parametrize("name", DENOISERS)
-def test_in_comfyui_a_step_costs_what_it_costs_in_the_core(name):
+def test_in_comfyui_a_step_costs_about_what_it_costs_in_the_core(name):
     steps = recorded()[name]
     assert steps["ours"].launches <= 0.5 * steps["native"].launches
     assert steps["ours"].moved <= 0.7 * steps["native"].moved
+
+
+@pytest.mark.xfail(strict=True, reason="with room ComfyUI keeps what the table stands in for")
+@pytest.mark.parametrize("name", DENOISERS)
+def test_in_comfyui_it_holds_a_third_less(name):
+    steps = recorded()[name]
     assert steps["ours"].resident <= 0.68 * steps["native"].resident
 
 
