@@ -73,7 +73,7 @@ def test_a_lora_patches_what_the_native_loader_patches(tiny_three, lora, dialect
     weights = []
     for patch, owner in zip(patched, (ours.args[0], theirs[0]), strict=True):
         patch(key)
-        weights.append(owner.model.state_dict()[key].clone())
+        weights.append(owner.model.state_dict()[key].cpu().clone())
         owner.unpatch_model()
     assert torch.equal(*weights)
     assert not model.patches  # the base is as it was

@@ -463,7 +463,7 @@ def test_a_lora_on_the_model_belongs_to_the_frozen_base(tiny_three, styled, pict
 
     def spying(base, part, place):
         network = load(base, part, place)
-        seen["weight"] = network.get_submodule(QKV).weight.detach().clone()
+        seen["weight"] = network.get_submodule(QKV).weight.detach().cpu().clone()
         return network
 
     training.FrozenBase.load = spying
@@ -471,7 +471,9 @@ def test_a_lora_on_the_model_belongs_to_the_frozen_base(tiny_three, styled, pict
         output = train(styled, pictures)
     finally:
         training.FrozenBase.load = load
-    torch.testing.assert_close(seen["weight"].float(), weight(styled).float(), rtol=0, atol=1e-6)
+    torch.testing.assert_close(
+        seen["weight"].float(), weight(styled).cpu().float(), rtol=0, atol=1e-6
+    )
     assert told(output)["base_loras"] == ["style.safetensors x 0.5"]
     trained, lora, *_ = output.args
     assert len(trained.patches[f"diffusion_model.{QKV}.weight"]) == 2

@@ -51,6 +51,7 @@ def write_training_set(folder: Path) -> TrainConfig:
         checkpoint_every=2,
         validate_every=0,
         save_dtype="fp32",
+        dtype="fp32",  # what the tests hold it to, where a card would choose bf16
         device="auto",
     )
 
