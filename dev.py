@@ -254,14 +254,21 @@ def stages(everything: bool, pytest_arguments: Sequence[str]) -> dict[str, list[
     pytest = ["-m", "pytest", "-q", *markers]
     if pytest_arguments:
         return {"tests": [*pytest, *pytest_arguments]}
-    apart = ["--ignore", "tests/browser", "--ignore", "tests/server"]  # they start programs
+    apart = [f"--ignore=tests/{name}" for name in ("browser", "server", "card")]
     plain = ["-m", "pytest", "-q", "-m", "not long", *apart, *SIDE_BY_SIDE]
     return {
         "lint": ["-m", "ruff", "check", "."],
         "format": ["-m", "ruff", "format", "--check", "."],
         "types": ["-m", "basedpyright", "--pythonpath", str(PYTHON)],
         **({"plain": plain} if everything else {}),
-        "tests": [*pytest, *SIDE_BY_SIDE],  # last, so that their own count closes the log
+        # PyTorch takes a new device only before its first backward pass: a process of its own.
+        "card": [*pytest, "tests/card"],
+        "tests": [
+            *pytest,
+            "--ignore",
+            "tests/card",
+            *SIDE_BY_SIDE,
+        ],  # last, so that their own count closes the log
     }
 
 

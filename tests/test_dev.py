@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 PACK = Path(__file__).parent.parent
-ALL_STAGES = ["lint", "format", "types", "tests"]
+ALL_STAGES = ["lint", "format", "types", "card", "tests"]
+CARD_APART = ["--ignore", "tests/card"]
 SIDE_BY_SIDE = ["-n", "2"]
 
 
@@ -128,8 +129,8 @@ def test_a_pip_without_network_ends_in_one_sentence(dev, monkeypatch, capfd):
 @pytest.mark.parametrize(
     ("arguments", "stages", "pytest_command"),
     [
-        ([], ALL_STAGES, ["-m", "pytest", "-q", "-m", "not long", *SIDE_BY_SIDE]),
-        (["--all"], [*ALL_STAGES, "plain"], ["-m", "pytest", "-q", *SIDE_BY_SIDE]),
+        ([], ALL_STAGES, ["-m", "pytest", "-q", "-m", "not long", *CARD_APART, *SIDE_BY_SIDE]),
+        (["--all"], [*ALL_STAGES, "plain"], ["-m", "pytest", "-q", *CARD_APART, *SIDE_BY_SIDE]),
         (["-k", "x"], ["tests"], ["-m", "pytest", "-q", "-m", "not long", "-k", "x"]),
         (["--all", "tests/core"], ["tests"], ["-m", "pytest", "-q", "tests/core"]),
     ],
