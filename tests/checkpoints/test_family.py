@@ -84,7 +84,7 @@ def test_a_damaged_scheduler_is_named(tmp_path, scheduler):
         model_preset(write_folder(tmp_path, scheduler), MEDIUM)
 
 
-@pytest.mark.skipif(not CAN_BE_MADE, reason="Linux")
+@pytest.mark.skipif(not CAN_BE_MADE, reason="this system makes no pipes")
 @pytest.mark.parametrize("kind", ["pipe", "endless device"])
 def test_configurations_that_are_no_files_are_not_read(tmp_path, kind):
     mmdit = write_folder(tmp_path / "turbo")

@@ -19,7 +19,7 @@ from sd3_pack.sd3_core.training.preferences import list_pairs
 from sd3_pack.sd3_core.training.scan import look_at, look_at_all
 from special_files import CAN_BE_MADE, KINDS, make_special
 
-pytestmark = pytest.mark.skipif(not CAN_BE_MADE, reason="NO SUCH FILES on this system")
+pytestmark = pytest.mark.skipif(not CAN_BE_MADE, reason="this system makes no pipes")
 
 
 def test_a_regular_file_is_read_whole_and_a_larger_one_is_not(tmp_path):

@@ -254,7 +254,7 @@ def test_what_is_not_used_is_told_in_short(tmp_path):
     assert named_folder(tmp_path, translated.settings["run_name"], "run_name").parent == tmp_path
 
 
-@pytest.mark.skipif(not CAN_BE_MADE, reason="Linux")
+@pytest.mark.skipif(not CAN_BE_MADE, reason="this system makes no pipes")
 @pytest.mark.parametrize("name", ["sample_prompts", "dataset_config"])
 def test_a_pipe_that_a_configuration_names_is_not_waited_for(tmp_path, name):
     pipe = tmp_path / ("pipe.txt" if name == "sample_prompts" else "pipe.toml")
